@@ -1,0 +1,111 @@
+package qcow
+
+import (
+	"sync"
+
+	"github.com/qcow-csi/qcow-csi/qcow/format"
+)
+
+// quarantineLimit is how many clusters may wait in quarantine before a discard flushes by itself.
+const quarantineLimit = 1 << 16
+
+// quarantine holds clusters that no table mentions any more, but a table on disk may, since that was not synced yet,
+// and requests may still be using. They keep their refcount and content until [Image.reclaim].
+type quarantine struct {
+	mu   sync.Mutex
+	runs []run
+	n    uint64
+}
+
+// add puts unlinked clusters in.
+func (q *quarantine) add(x run) {
+	q.mu.Lock()
+	defer q.mu.Unlock()
+	q.runs = appendRun(q.runs, x)
+	q.n += x.n
+}
+
+func (q *quarantine) length() uint64 {
+	q.mu.Lock()
+	defer q.mu.Unlock()
+	return q.n
+}
+
+// takeAll empties the quarantine.
+func (q *quarantine) takeAll() []run {
+	q.mu.Lock()
+	defer q.mu.Unlock()
+	runs := q.runs
+	q.runs, q.n = nil, 0
+	return runs
+}
+
+func (q *quarantine) putBack(runs []run) {
+	for _, x := range runs {
+		q.add(x)
+	}
+}
+
+// Flush makes every write, discard and resize that returned before it was called durable, and then gives the space of
+// discarded clusters back. Its result speaks of the former only: clusters that can't be given back now are tried
+// again with the next flush, and by Close, which reports it.
+func (img *Image) Flush() error {
+	img.maintenance.RLock()
+	defer img.maintenance.RUnlock()
+	if err := img.usable(); err != nil {
+		return err
+	}
+	if img.readOnly {
+		return nil
+	}
+	reclaimErr, err := img.flush()
+	_ = reclaimErr // the clusters are back in quarantine
+	return err
+}
+
+func (img *Image) flush() (reclaimErr, err error) {
+	unlinked := img.quarantine.takeAll()
+	if err := img.sync(); err != nil {
+		img.quarantine.putBack(unlinked)
+		return nil, err
+	}
+	if len(unlinked) == 0 {
+		return nil, nil
+	}
+	return img.reclaim(sortRuns(unlinked)), nil
+}
+
+// reclaim frees clusters whose un-linking is durable (rule 2): it waits until nobody uses them, punches them, and only then
+// lowers their refcounts, so that whoever allocates them next can't meet a late punch (rule 6).
+func (img *Image) reclaim(runs []run) error {
+	img.epochs.wait()
+	for i, x := range runs {
+		done, err := img.release(x)
+		if err != nil {
+			runs[i] = run{x.first + format.Cluster(done), x.n - done}
+			img.quarantine.putBack(runs[i:])
+			return err
+		}
+	}
+	return nil
+}
+
+func (img *Image) release(x run) (done uint64, err error) {
+	g := img.geometry
+	if c, found := img.metadata.find(x); found {
+		return 0, img.poison(format.Corruptf("L2 table", g.OffsetOf(c), "a discarded cluster holds metadata"))
+	}
+	for c := x.first; c < x.end(); c++ {
+		n, err := img.alloc.refcount(c)
+		if err != nil {
+			return 0, err
+		}
+		if n != 1 {
+			return 0, img.poison(format.Corruptf("refcount block", g.OffsetOf(c), "a discarded cluster has the refcount %d", n))
+		}
+	}
+	if err := img.file.PunchHole(int64(g.OffsetOf(x.first)), int64(x.n<<g.ClusterBits)); err != nil {
+		return 0, err
+	}
+	return img.alloc.free(x)
+}

@@ -1,0 +1,22 @@
+package storage
+
+import (
+	"errors"
+	"fmt"
+	"syscall"
+)
+
+var (
+	// ErrNoSpace: the file system is full, or the quota is used up. Errors of this class also match syscall.ENOSPC.
+	ErrNoSpace = errors.New("out of space")
+	// ErrBusy: another process, QEMU included, holds the image in a way that excludes this use.
+	ErrBusy = errors.New("image is in use")
+)
+
+// classify gives err the class ErrNoSpace where that is what it means.
+func classify(err error) error {
+	if errors.Is(err, syscall.ENOSPC) || errors.Is(err, syscall.EDQUOT) {
+		return fmt.Errorf("%w: %w", ErrNoSpace, err)
+	}
+	return err
+}

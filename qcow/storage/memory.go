@@ -1,0 +1,109 @@
+package storage
+
+import (
+	"fmt"
+	"io"
+	"sync"
+	"syscall"
+)
+
+// Memory is a [File] in memory. Its content starts empty.
+type Memory struct {
+	mu    sync.RWMutex
+	b     []byte
+	limit int64 // 0: none
+}
+
+var _ File = (*Memory)(nil)
+
+// NewMemory returns an empty file.
+func NewMemory() *Memory { return &Memory{} }
+
+// NewMemoryFrom returns a file that holds b, which belongs to it from now on.
+func NewMemoryFrom(b []byte) *Memory { return &Memory{b: b} }
+
+// Limit makes every write and truncate past size bytes fail with ErrNoSpace; 0 lifts the limit.
+func (m *Memory) Limit(size int64) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	m.limit = size
+}
+
+// Bytes returns a copy of the content.
+func (m *Memory) Bytes() []byte {
+	m.mu.RLock()
+	defer m.mu.RUnlock()
+	return append([]byte(nil), m.b...)
+}
+
+// ReadAt implements [File].
+func (m *Memory) ReadAt(p []byte, off int64) (int, error) {
+	m.mu.RLock()
+	defer m.mu.RUnlock()
+	if off >= int64(len(m.b)) {
+		return 0, io.EOF
+	}
+	n := copy(p, m.b[off:])
+	if n < len(p) {
+		return n, io.EOF
+	}
+	return n, nil
+}
+
+// WriteAt implements [File].
+func (m *Memory) WriteAt(p []byte, off int64) (int, error) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if err := m.resize(max(int64(len(m.b)), off+int64(len(p)))); err != nil {
+		return 0, err
+	}
+	return copy(m.b[off:], p), nil
+}
+
+// Size implements [File].
+func (m *Memory) Size() (int64, error) {
+	m.mu.RLock()
+	defer m.mu.RUnlock()
+	return int64(len(m.b)), nil
+}
+
+// Truncate implements [File].
+func (m *Memory) Truncate(size int64) error {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	return m.resize(size)
+}
+
+// PunchHole implements [File].
+func (m *Memory) PunchHole(off, n int64) error {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if off < int64(len(m.b)) {
+		clear(m.b[off:min(off+n, int64(len(m.b)))])
+	}
+	return nil
+}
+
+// Sync implements [File].
+func (m *Memory) Sync() error { return nil }
+
+// Close implements [File]. The content stays, so that a test can open it again.
+func (m *Memory) Close() error { return nil }
+
+func (m *Memory) resize(size int64) error {
+	old := int64(len(m.b))
+	switch {
+	case size < old:
+		clear(m.b[size:]) // what is gained again later reads as zeroes
+		m.b = m.b[:size]
+	case m.limit > 0 && size > max(m.limit, old):
+		return fmt.Errorf("%w: %w", ErrNoSpace, syscall.ENOSPC)
+	case size <= int64(cap(m.b)):
+		m.b = m.b[:size]
+	case size > old:
+		b := make([]byte, size, size+size/2)
+		copy(b, m.b)
+		m.b = b
+	}
+	return nil
+}

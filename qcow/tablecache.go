@@ -1,0 +1,171 @@
+package qcow
+
+import (
+	"fmt"
+	"io"
+	"sync"
+	"sync/atomic"
+
+	"github.com/qcow-csi/qcow-csi/qcow/format"
+	"github.com/qcow-csi/qcow-csi/qcow/storage"
+)
+
+// maxSlice is the largest unit of table that is cached: a read of one entry of a 2 MiB table should not cost 2 MiB.
+const maxSlice = 4096
+
+// tableCache keeps slices of L2 tables and refcount blocks in memory. It never holds anything that is not in the file: a
+// write goes to the file first and to the slice when that has succeeded. So an eviction loses nothing, and
+// what was acknowledged survives a kill.
+type tableCache struct {
+	file      storage.File
+	write     func(off format.HostOffset, old, b []byte) error // Image.overwrite
+	sliceSize uint64
+	capacity  int // slices
+
+	mu     sync.RWMutex
+	slices map[format.HostOffset]*tableSlice
+	clock  []*tableSlice // every cached slice; the hand sweeps over it to find one that was not used of late
+	hand   int
+}
+
+// tableSlice is a piece of a table. While pins is not 0 it stays in the cache, so there is never a second copy of it.
+type tableSlice struct {
+	off   format.HostOffset
+	pins  atomic.Int32
+	used  atomic.Bool
+	ready chan struct{} // closed when b or err is set
+	err   error
+
+	mu sync.RWMutex // guards b
+	b  []byte
+}
+
+func newTableCache(img *Image, bytes int64) *tableCache {
+	size := min(img.geometry.ClusterSize(), maxSlice)
+	return &tableCache{
+		file:      img.file,
+		write:     img.overwrite,
+		sliceSize: size,
+		capacity:  int(max(bytes/int64(size), 16)),
+		slices:    make(map[format.HostOffset]*tableSlice),
+	}
+}
+
+// pin returns the slice that holds off, reading it if need be. The caller unpins it.
+func (c *tableCache) pin(off format.HostOffset) (*tableSlice, error) {
+	start := off &^ format.HostOffset(c.sliceSize-1)
+	c.mu.RLock()
+	s := c.slices[start]
+	if s != nil {
+		s.pins.Add(1)
+	}
+	c.mu.RUnlock()
+	if s == nil {
+		var mine bool
+		if s, mine = c.insert(start); mine {
+			c.load(s)
+		}
+	}
+	<-s.ready
+	if s.err != nil {
+		s.unpin()
+		return nil, s.err
+	}
+	if !s.used.Load() {
+		s.used.Store(true)
+	}
+	return s, nil
+}
+
+func (s *tableSlice) unpin() { s.pins.Add(-1) }
+
+// insert returns the slice at start, pinned. It is new, and the caller's to load, when mine is true.
+func (c *tableCache) insert(start format.HostOffset) (s *tableSlice, mine bool) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if s := c.slices[start]; s != nil {
+		s.pins.Add(1)
+		return s, false
+	}
+	s = &tableSlice{off: start, ready: make(chan struct{})}
+	s.pins.Store(1)
+	c.slices[start] = s
+	if len(c.clock) < c.capacity || !c.replace(s) {
+		c.clock = append(c.clock, s)
+	}
+	return s, true
+}
+
+// replace puts s in the place of a slice that is not pinned and was not used since the hand last passed it. With every slice
+// pinned it returns false.
+func (c *tableCache) replace(s *tableSlice) bool {
+	for range 2 * len(c.clock) {
+		c.hand = (c.hand + 1) % len(c.clock)
+		old := c.clock[c.hand]
+		if old.pins.Load() != 0 || old.used.Swap(false) {
+			continue
+		}
+		delete(c.slices, old.off)
+		c.clock[c.hand] = s
+		return true
+	}
+	return false
+}
+
+func (c *tableCache) load(s *tableSlice) {
+	b := make([]byte, c.sliceSize)
+	if err := readFull(c.file, b, s.off); err != nil {
+		s.err = fmt.Errorf("read table at %#x: %w", uint64(s.off), err)
+		c.forget(s)
+	} else {
+		s.b = b
+	}
+	close(s.ready)
+}
+
+// forget removes a slice that could not be loaded, so that the next pin tries again.
+func (c *tableCache) forget(s *tableSlice) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	delete(c.slices, s.off)
+	for i, x := range c.clock {
+		if x == s {
+			last := len(c.clock) - 1
+			c.clock[i] = c.clock[last]
+			c.clock = c.clock[:last]
+			break
+		}
+	}
+}
+
+// update changes n bytes at off, which lie in one slice: fn edits a copy of them, which goes to the file and then
+// to the slice.
+func (c *tableCache) update(off format.HostOffset, n uint64, fn func(b []byte)) error {
+	s, err := c.pin(off)
+	if err != nil {
+		return err
+	}
+	defer s.unpin()
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	old := s.b[off-s.off:][:n]
+	b := append([]byte(nil), old...)
+	fn(b)
+	if err := c.write(off, old, b); err != nil {
+		return err
+	}
+	copy(old, b)
+	return nil
+}
+
+// readFull reads len(p) bytes that must be there: a table is never cut off by the end of the file.
+func readFull(f io.ReaderAt, p []byte, off format.HostOffset) error {
+	n, err := f.ReadAt(p, int64(off))
+	if n == len(p) {
+		return nil
+	}
+	if err == io.EOF {
+		return format.Corruptf("table", off, "file ends after %d of %d bytes", n, len(p))
+	}
+	return err
+}
