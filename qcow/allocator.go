@@ -8,11 +8,9 @@ import (
 	"github.com/qcow-csi/qcow-csi/qcow/format"
 )
 
-// The reserve holds at least firstReserve bytes when it is filled for the first time, and at most maxReserve.
-const (
-	firstReserve = uint64(1 << 20)
-	maxReserve   = uint64(16 << 20)
-)
+// firstReserve is how many bytes the reserve is filled with for the first time, if it may hold so much. Each later time it is
+// twice as much as before, up to the limit.
+const firstReserve = uint64(1 << 20)
 
 // allocator hands out host clusters from a reserve. For a cluster in the reserve three things are durable: its refcount is 1,
 // it reads as zeroes, and no table mentions it. So whoever takes one may write to any part of it and then
@@ -27,7 +25,8 @@ type allocator struct {
 	reserve  []run          // ascending
 	stained  []run          // like the reserve, but their content is undefined
 	hint     format.Cluster // no cluster below it is free
-	nextFill uint64         // clusters
+	nextFill uint64         // clusters to fill the reserve with next time
+	maxFill  uint64
 }
 
 // take returns at least one and at most n neighbouring clusters of the reserve.
@@ -58,10 +57,7 @@ func (a *allocator) giveBack(x run) {
 // fill puts at least one cluster, and if possible n and more, into the empty reserve.
 func (a *allocator) fill(n uint64) error {
 	g := a.img.geometry
-	if a.nextFill == 0 {
-		a.nextFill = max(firstReserve>>g.ClusterBits, uint64(1))
-	}
-	want := max(min(n, maxReserve>>g.ClusterBits), a.nextFill)
+	want := min(max(n, a.nextFill), a.maxFill)
 	if len(a.stained) == 0 {
 		if err := a.claimFree(want); err != nil {
 			return err
@@ -79,7 +75,7 @@ func (a *allocator) fill(n uint64) error {
 	}
 	a.stained = nil
 	a.reserve = clean
-	a.nextFill = min(a.nextFill*2, max(maxReserve>>g.ClusterBits, uint64(1)))
+	a.nextFill = min(a.nextFill*2, a.maxFill)
 	return nil
 }
 

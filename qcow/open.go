@@ -7,13 +7,18 @@ import (
 	"github.com/qcow-csi/qcow-csi/qcow/storage"
 )
 
-// defaultCacheBytes holds the L2 entries of 64 GiB in clusters of 64 KiB.
-const defaultCacheBytes = 8 << 20
+const (
+	defaultCacheBytes   = 8 << 20 // holds the L2 entries of 64 GiB in clusters of 64 KiB
+	defaultReserveBytes = 16 << 20
+)
 
 // Options say how to open an image.
 type Options struct {
 	ReadOnly   bool
 	CacheBytes int64 // of L2 tables and refcount blocks; 0 means 8 MiB
+	// ReserveBytes bounds what is allocated ahead of use, and so what a crash leaks: at least one cluster; 0 means
+	// 16 MiB. Allocating writes cost one sync for each so many bytes.
+	ReserveBytes int64
 }
 
 // Open opens the image in f, whose format the caller knows to be qcow2: nothing is probed. On success Close closes f; on
@@ -37,6 +42,9 @@ func Open(f storage.File, o Options) (*Image, error) {
 	if o.CacheBytes <= 0 {
 		o.CacheBytes = defaultCacheBytes
 	}
+	if o.ReserveBytes <= 0 {
+		o.ReserveBytes = defaultReserveBytes
+	}
 	img := &Image{
 		file:     f,
 		readOnly: o.ReadOnly,
@@ -50,6 +58,8 @@ func Open(f storage.File, o Options) (*Image, error) {
 	img.tables = newTableCache(img, o.CacheBytes)
 	img.size.Store(int64(header.Size))
 	img.alloc.img = img
+	img.alloc.maxFill = max(uint64(o.ReserveBytes)>>header.ClusterBits, 1)
+	img.alloc.nextFill = min(max(firstReserve>>header.ClusterBits, 1), img.alloc.maxFill)
 	img.alloc.end.Store(img.geometry.ClustersFor(uint64(size)))
 	img.alloc.counts = refcounts{img: img, offset: header.RefcountTableOffset}
 	if err := img.loadTables(uint64(size)); err != nil {
