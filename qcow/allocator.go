@@ -1,6 +1,7 @@
 package qcow
 
 import (
+	"errors"
 	"fmt"
 	"sync"
 	"sync/atomic"
@@ -59,9 +60,12 @@ func (a *allocator) fill(n uint64) error {
 	g := a.img.geometry
 	want := min(max(n, a.nextFill), a.maxFill)
 	if len(a.stained) == 0 {
-		if err := a.claimFree(want); err != nil {
+		if err := a.claimFree(want); err != nil && len(a.stained) == 0 {
 			return err
 		}
+	}
+	if err := a.img.poisoned(); err != nil {
+		return err
 	}
 	// Everything that was stained, just claimed or not, becomes zero and durable with one sync.
 	clean := sortRuns(a.stained)
@@ -102,6 +106,9 @@ func (a *allocator) claimFree(want uint64) error {
 			}
 			continue
 		}
+		if x, err = a.extendSome(x); err != nil {
+			return err
+		}
 		if err := a.claim(x); err != nil {
 			return err
 		}
@@ -124,6 +131,17 @@ func (a *allocator) claim(x run) error {
 		a.stained = append(a.stained, run{x.first, done})
 	}
 	return err
+}
+
+// extendSome is extend that is content with less than all of x, where the file can't grow so far.
+func (a *allocator) extendSome(x run) (run, error) {
+	for {
+		err := a.extend(x.end())
+		if err == nil || x.n == 1 || !errors.Is(err, ErrNoSpace) {
+			return x, err
+		}
+		x.n /= 2
+	}
 }
 
 // extend makes the file end not before cluster end.
@@ -212,6 +230,18 @@ func (a *allocator) freeLocked(x run) (done uint64, err error) {
 	return done, err
 }
 
+// soleRun returns how many clusters at the start of x have the refcount 1.
+func (a *allocator) soleRun(x run) (uint64, error) {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	for n := range x.n {
+		if count, err := a.counts.get(x.first + format.Cluster(n)); err != nil || count != 1 {
+			return n, err
+		}
+	}
+	return x.n, nil
+}
+
 // refcount returns the refcount of a cluster.
 func (a *allocator) refcount(c format.Cluster) (uint64, error) {
 	a.mu.Lock()
@@ -235,16 +265,11 @@ func (a *allocator) close() error {
 		}
 	}
 	a.reserve, a.stained = nil, nil
-	end := a.end.Load()
-	for ; end > 0; end-- {
-		n, err := a.counts.get(format.Cluster(end - 1))
-		if err != nil {
-			return err
-		}
-		if n != 0 {
-			break
-		}
+	used, err := a.counts.usedBefore(format.Cluster(a.end.Load()))
+	if err != nil {
+		return err
 	}
+	end := uint64(used)
 	if end == a.end.Load() {
 		return nil
 	}

@@ -283,7 +283,7 @@ func (w *crashWorkload) run(initial []byte, o storage.CrashOptions, everyQEMU in
 	for s := range storage.CrashStates(initial, w.rec.Ops(), o) {
 		states++
 		if states%everyQEMU == 0 {
-			qemuCheck(w.t, filepath.Join(dir, "state.qcow2"), s.Content, s.Name)
+			w.qemuCheck(filepath.Join(dir, "state.qcow2"), &s)
 		}
 		if err := w.verify(&s); err != nil {
 			w.t.Fatalf("%s: %v\n%s", s.Name, err, storage.Trace(w.rec.Ops()[:min(s.Issued, len(w.rec.Ops()))]))
@@ -293,14 +293,14 @@ func (w *crashWorkload) run(initial []byte, o storage.CrashOptions, everyQEMU in
 }
 
 // qemuCheck accepts what a crash may leave: a clean image, or leaked clusters.
-func qemuCheck(t *testing.T, path string, content []byte, name string) {
-	t.Helper()
-	if err := os.WriteFile(path, content, 0o600); err != nil {
-		t.Fatal(err)
+func (w *crashWorkload) qemuCheck(path string, s *storage.CrashState) {
+	w.t.Helper()
+	if err := os.WriteFile(path, s.Content, 0o600); err != nil {
+		w.t.Fatal(err)
 	}
-	cmd := exec.CommandContext(t.Context(), "qemu-img", "check", "-f", "qcow2", path)
+	cmd := exec.CommandContext(w.t.Context(), "qemu-img", "check", "-f", "qcow2", path)
 	if out, err := cmd.CombinedOutput(); err != nil && cmd.ProcessState.ExitCode() != 3 {
-		t.Fatalf("%s: qemu-img check: %v\n%s", name, err, out)
+		w.t.Fatalf("%s: qemu-img check: %v\n%s", s.Name, err, out)
 	}
 }
 
@@ -309,12 +309,15 @@ func long() bool { return os.Getenv("QCOW_CSI_LONG") != "" }
 // TestCrash enumerates what a kill or a power loss leaves of random workloads.
 func TestCrash(t *testing.T) {
 	require.Tool(t, "qemu-img")
-	seeds := 2
-	if long() {
+	seeds, o := 2, storage.CrashOptions{Exhaustive: 8, Random: 12}
+	switch {
+	case long():
 		seeds = 200
+	case raced:
+		seeds, o = 1, storage.CrashOptions{Exhaustive: 3, Random: 1}
 	}
 	shapes := []struct {
-		o       qcow.CreateOptions
+		image   qcow.CreateOptions
 		reserve int64 // clusters
 		steps   int
 	}{
@@ -327,9 +330,9 @@ func TestCrash(t *testing.T) {
 	total := 0
 	for _, shape := range shapes {
 		for seed := range uint64(seeds) {
-			name := fmt.Sprintf("cluster=%d/refcount=%d/seed=%d", shape.o.ClusterSize, shape.o.RefcountBits, seed)
+			name := fmt.Sprintf("cluster=%d/refcount=%d/seed=%d", shape.image.ClusterSize, shape.image.RefcountBits, seed)
 			t.Run(name, func(t *testing.T) {
-				w, initial := newCrashWorkload(t, seed, shape.o, shape.reserve*int64(shape.o.ClusterSize), 0)
+				w, initial := newCrashWorkload(t, seed, shape.image, shape.reserve*int64(shape.image.ClusterSize), 0)
 				for range shape.steps {
 					w.random()
 				}
@@ -341,7 +344,8 @@ func TestCrash(t *testing.T) {
 				}
 				w.random()
 				w.do("close", w.img.Close)
-				total += w.run(initial, storage.CrashOptions{Seed: seed, Exhaustive: 8, Random: 12}, 40)
+				o.Seed = seed
+				total += w.run(initial, o, 40)
 			})
 		}
 	}
@@ -369,5 +373,9 @@ func TestCrashTableGrowth(t *testing.T) {
 	if info := w.img.Info(); info.FileSize < 2<<20 || before > 2<<20 {
 		t.Fatalf("the file grew from %d to %d bytes: the refcount table did not have to move", before, info.FileSize)
 	}
-	t.Logf("%d states", w.run(initial, storage.CrashOptions{Seed: 1, Exhaustive: 6, Random: 4}, 50))
+	states := storage.CrashOptions{Seed: 1, Exhaustive: 6, Random: 4}
+	if raced {
+		states = storage.CrashOptions{Seed: 1, Exhaustive: 2, Random: 1}
+	}
+	t.Logf("%d states", w.run(initial, states, 50))
 }

@@ -38,7 +38,8 @@
 // their guest clusters (claims); those that only use data clusters need no claim, the epoch they run in keeps the cluster
 // from being reused. Overlapping requests at the same time leave each sector with the value of one of them.
 //
-// Lock order, each taken before the ones after it: Image.maintenance, claims and Image.newTable, allocator.mu, Image.headerMu,
+// Lock order, each taken before the ones after it: Image.maintenance, Image.resizing, claims,
+// Image.newTable, allocator.mu, Image.headerMu,
 // tableSlice.mu; and these, under which nothing else is locked: tableCache.mu, Image.l1mu, metadataMap.mu, quarantine.mu,
 // groupSync.mu. Inside an epoch nothing waits for epochs: Flush, Resize and Close run outside.
 package qcow

@@ -33,6 +33,7 @@ type Image struct {
 	headerMu sync.Mutex // held while the header is switched
 	header   format.Header
 
+	resizing sync.Mutex // one resize at a time
 	newTable sync.Mutex // held while an L2 table is made, or the L1 table replaced
 	l1mu     sync.RWMutex
 	l1       []byte // the active L1 table, as on disk

@@ -19,6 +19,9 @@ type quarantine struct {
 
 // add puts unlinked clusters in.
 func (q *quarantine) add(x run) {
+	if x.n == 0 {
+		return
+	}
 	q.mu.Lock()
 	defer q.mu.Unlock()
 	q.runs = appendRun(q.runs, x)
@@ -75,9 +78,12 @@ func (img *Image) flush() (reclaimErr, err error) {
 	return img.reclaim(sortRuns(unlinked)), nil
 }
 
-// reclaim frees clusters whose un-linking is durable (rule 2): it waits until nobody uses them, punches them, and only then
-// lowers their refcounts, so that whoever allocates them next can't meet a late punch (rule 6).
+// reclaim frees clusters whose un-linking is durable (rule 2), in ascending runs: it waits until nobody uses them, punches them, and only
+// then lowers their refcounts, so that whoever allocates them next can't meet a late punch (rule 6).
 func (img *Image) reclaim(runs []run) error {
+	if err := img.mayRelease(runs); err != nil {
+		return img.poison(err)
+	}
 	img.epochs.wait()
 	for i, x := range runs {
 		done, err := img.release(x)
@@ -90,22 +96,41 @@ func (img *Image) reclaim(runs []run) error {
 	return nil
 }
 
+// mayRelease checks that every cluster was unlinked once, and is not metadata.
+func (img *Image) mayRelease(runs []run) error {
+	for i, x := range runs {
+		if c, found := img.metadata.find(x); found {
+			return format.Corruptf("L2 table", img.geometry.OffsetOf(c), "a discarded cluster holds metadata")
+		}
+		if i > 0 && x.first < runs[i-1].end() {
+			return format.Corruptf("L2 table", img.geometry.OffsetOf(x.first), "a discarded cluster was mapped twice")
+		}
+	}
+	return nil
+}
+
+// release punches and frees the clusters of x; when it fails, the first done of them are dealt with. A cluster with a refcount above 1,
+// which only an old table can have here, belongs to somebody else or is a leak, and stays.
 func (img *Image) release(x run) (done uint64, err error) {
 	g := img.geometry
-	if c, found := img.metadata.find(x); found {
-		return 0, img.poison(format.Corruptf("L2 table", g.OffsetOf(c), "a discarded cluster holds metadata"))
-	}
-	for c := x.first; c < x.end(); c++ {
-		n, err := img.alloc.refcount(c)
+	for done < x.n {
+		c := x.first + format.Cluster(done)
+		sole, err := img.alloc.soleRun(run{c, x.n - done})
 		if err != nil {
-			return 0, err
+			return done, err
 		}
-		if n != 1 {
-			return 0, img.poison(format.Corruptf("refcount block", g.OffsetOf(c), "a discarded cluster has the refcount %d", n))
+		if sole == 0 {
+			done++
+			continue
+		}
+		if err := img.file.PunchHole(int64(g.OffsetOf(c)), int64(sole<<g.ClusterBits)); err != nil {
+			return done, err
+		}
+		n, err := img.alloc.free(run{c, sole})
+		done += n
+		if err != nil {
+			return done, err
 		}
 	}
-	if err := img.file.PunchHole(int64(g.OffsetOf(x.first)), int64(x.n<<g.ClusterBits)); err != nil {
-		return 0, err
-	}
-	return img.alloc.free(x)
+	return done, nil
 }

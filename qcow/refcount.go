@@ -90,6 +90,25 @@ func (r *refcounts) freeInSlice(off format.HostOffset, c format.Cluster, limit u
 	return x, nil
 }
 
+// usedBefore returns the end of the last cluster before end whose refcount is not 0.
+func (r *refcounts) usedBefore(end format.Cluster) (format.Cluster, error) {
+	perBlock := format.Cluster(r.img.geometry.BlockEntries())
+	end = min(end, format.Cluster(uint64(len(r.table))/format.EntrySize)*perBlock)
+	for end > 0 {
+		start := (end - 1) / perBlock * perBlock
+		if r.block(start) == 0 {
+			end = start
+			continue
+		}
+		for ; end > start; end-- {
+			if n, err := r.get(end - 1); err != nil || n != 0 {
+				return end, err
+			}
+		}
+	}
+	return 0, nil
+}
+
 // perSlice returns how many refcounts a cached slice holds.
 func (r *refcounts) perSlice() uint64 {
 	return r.img.tables.sliceSize * 8 >> r.img.geometry.RefcountOrder
@@ -184,7 +203,8 @@ func (r *refcounts) growTable(start format.Cluster) (used run, err error) {
 	// not have to grow again soon. Both numbers only ever rise, so this ends.
 	blocks, tableClusters := uint64(1), uint64(0)
 	for {
-		t := g.ClustersFor(max(firstBlock+blocks, oldEntries+oldEntries/2) * format.EntrySize)
+		spare := min(oldEntries+oldEntries/2, format.MaxRefcountTableBytes/format.EntrySize)
+		t := g.ClustersFor(max(firstBlock+blocks, spare) * format.EntrySize)
 		b := (blocks + t + g.BlockEntries() - 1) / g.BlockEntries()
 		if t == tableClusters && b == blocks {
 			break

@@ -65,7 +65,7 @@ func TestResizeDuringDiscardOfTheTail(t *testing.T) {
 // the rest has no L2 table.
 type growing struct {
 	*handmade
-	file *hooked
+	disk *hooked
 	log  *storage.Recorder
 	img  *qcow.Image
 }
@@ -79,13 +79,11 @@ func newGrowing(t *testing.T) *growing {
 	m := newHandmade(t, qcow.CreateOptions{Size: growingOld, ClusterSize: 512}, func(img *qcow.Image) {
 		writeAt(t, img, repeated(1, growingOld/2), 0)
 	})
-	g := &growing{handmade: m, log: storage.NewRecorder(m.handmadeFile())}
-	g.file = &hooked{File: g.log}
-	g.img = open(t, g.file, qcow.Options{})
+	g := &growing{handmade: m, log: storage.NewRecorder(m.file())}
+	g.disk = &hooked{File: g.log}
+	g.img = open(t, g.disk, qcow.Options{})
 	return g
 }
-
-func (m *handmade) handmadeFile() *storage.Memory { return m.file() }
 
 // expectOld expects that the content of a file, once opened again, has the bytes that were there before.
 func (g *growing) expectOld(f storage.File) {
@@ -107,8 +105,8 @@ func TestResizeWhoseLastSyncFails(t *testing.T) {
 		switched bool
 	)
 	written := make(chan error, 1)
-	g.file.set(func() {
-		g.file.beforeWrite = func(p []byte, off int64) error {
+	g.disk.set(func() {
+		g.disk.beforeWrite = func(p []byte, off int64) error {
 			if off == format.SwitchOffset {
 				switched = true
 			}
@@ -117,7 +115,7 @@ func TestResizeWhoseLastSyncFails(t *testing.T) {
 			}
 			return nil
 		}
-		g.file.beforeSync = func() error {
+		g.disk.beforeSync = func() error {
 			if !switched {
 				return nil
 			}
@@ -127,7 +125,7 @@ func TestResizeWhoseLastSyncFails(t *testing.T) {
 				written <- err
 			}()
 			<-inside
-			g.file.set(func() { g.file.beforeSync = nil })
+			g.disk.set(func() { g.disk.beforeSync = nil })
 			return errInjected
 		}
 	})
@@ -146,12 +144,12 @@ func TestResizeWhoseLastSyncFails(t *testing.T) {
 // A write of the header that fails halfway and is undone may have reached the disk before it was undone.
 func TestResizeWhoseHeaderWriteFailsHalfway(t *testing.T) {
 	g := newGrowing(t)
-	g.file.set(func() {
-		g.file.beforeWrite = func(p []byte, off int64) error {
+	g.disk.set(func() {
+		g.disk.beforeWrite = func(p []byte, off int64) error {
 			if off != format.SwitchOffset {
 				return nil
 			}
-			g.file.set(func() { g.file.beforeWrite = nil })
+			g.disk.set(func() { g.disk.beforeWrite = nil })
 			if _, err := g.log.WriteAt(p[:len(p)/2], off); err != nil {
 				t.Error(err)
 			}
@@ -203,4 +201,39 @@ func TestResizeOfAnEmptyDiskFromQEMU(t *testing.T) {
 	if out, err := exec.CommandContext(t.Context(), "qemu-img", "check", path).CombinedOutput(); err != nil {
 		t.Fatalf("qemu-img check: %v\n%s", err, out)
 	}
+}
+
+// Tables may map clusters behind the end of the disk, for instance when another program has made it smaller. They don't
+// come back to light when it grows.
+func TestResizeOverMappedClusters(t *testing.T) {
+	m := newHandmade(t, qcow.CreateOptions{Size: 64 << 10, ClusterSize: 512}, func(img *qcow.Image) {
+		writeAt(t, img, repeated(1, 64<<10), 0)
+	})
+	const size = 10 << 10
+	m.put(format.SwitchOffset, size)
+	expectClean(t, m.b)
+	f := m.file()
+	change(t, f, func(img *qcow.Image) {
+		if err := img.Resize(context.Background(), 128<<10); err != nil {
+			t.Fatal(err)
+		}
+		expectAt(t, img, repeated(1, size), 0)
+		expectAt(t, img, make([]byte, 128<<10-size), size)
+	})
+	expectClean(t, f.Bytes())
+}
+
+// Nobody but the image knows who else may use a table whose refcount is above 1. When it has moved, the old one stays as it is.
+func TestResizeOfATableWithALeakedRefcount(t *testing.T) {
+	m := newHandmade(t, qcow.CreateOptions{Size: 32 << 10, ClusterSize: 512}, nil)
+	m.setRefcount(m.h.L1Offset, 2)
+	change(t, m.file(), func(img *qcow.Image) {
+		if err := img.Resize(context.Background(), 8<<20); err != nil {
+			t.Fatal(err)
+		}
+		if err := img.Flush(); err != nil {
+			t.Fatal(err)
+		}
+		writeAt(t, img, repeated(1, 512), 8<<20-512)
+	})
 }

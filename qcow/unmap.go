@@ -102,6 +102,14 @@ func (img *Image) unlink(off format.GuestOffset, n uint64) (uint64, error) {
 	if err != nil || (m.kind != format.Data && m.kind != format.ZeroAllocated) {
 		return m.length, err
 	}
+	if end := uint64(off) + m.length; end%g.ClusterSize() != 0 && end != uint64(img.Size()) {
+		// The disk has grown into what was its last cluster, and somebody may have written there since.
+		whole := (uint64(off) + m.length) / g.ClusterSize() * g.ClusterSize()
+		if whole <= uint64(off) {
+			return m.length, img.zeroInPlace(int64(off), int64(end))
+		}
+		m.length = whole - uint64(off)
+	}
 	if err := img.mayUnlink(&m); err != nil {
 		return 0, err
 	}

@@ -137,7 +137,7 @@ func (h *Header) validate() error {
 		return Corruptf("header", 40, "L1 table offset %#x is 0, not aligned to a cluster, or too large", uint64(h.L1Offset))
 	case h.RefcountTableClusters == 0:
 		return Corruptf("header", 56, "no refcount table")
-	case uint64(h.RefcountTableClusters) > MaxRefcountTableBytes>>h.ClusterBits+1:
+	case uint64(h.RefcountTableClusters) > MaxRefcountTableBytes>>h.ClusterBits:
 		return Corruptf("header", 56, "refcount table of %d clusters exceeds %d bytes", h.RefcountTableClusters, MaxRefcountTableBytes)
 	case !h.validTable(h.RefcountTableOffset):
 		return Corruptf("header", 48, "refcount table offset %#x is 0, not aligned to a cluster, or too large", uint64(h.RefcountTableOffset))

@@ -3,6 +3,7 @@ package storage
 import (
 	"fmt"
 	"io"
+	"slices"
 	"sync"
 	"syscall"
 )
@@ -20,7 +21,7 @@ var _ File = (*Memory)(nil)
 func NewMemory() *Memory { return &Memory{} }
 
 // NewMemoryFrom returns a file that holds b, which belongs to it from now on.
-func NewMemoryFrom(b []byte) *Memory { return &Memory{b: b} }
+func NewMemoryFrom(b []byte) *Memory { return &Memory{b: slices.Clip(b)} }
 
 // Limit makes every write and truncate past size bytes fail with ErrNoSpace; 0 lifts the limit.
 func (m *Memory) Limit(size int64) {

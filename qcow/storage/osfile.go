@@ -99,7 +99,7 @@ func (o *OSFile) PunchHole(off, n int64) error {
 	if err != nil {
 		return err
 	}
-	if off >= size {
+	if off >= size || n == 0 {
 		return nil
 	}
 	err = o.control(func(fd int) error {

@@ -1,0 +1,5 @@
+//go:build !race
+
+package qcow_test
+
+const raced = false
