@@ -93,7 +93,7 @@ func TestFault(t *testing.T) {
 	for _, kind := range kinds {
 		t.Run(kind.name, func(t *testing.T) {
 			injected := 0
-			for at := 0; ; at++ {
+			for at := 0; ; at += stride {
 				fault := kind.fault
 				fault.At = at
 				n := faultCase(t, o, fault)

@@ -42,10 +42,14 @@ type model struct {
 	img     *qcow.Image
 	cluster int64
 	want    []byte
+	noise   []byte // random bytes to write pieces of
 }
 
 func newModel(t *testing.T, o qcow.CreateOptions) *model {
-	m := &model{t: t, rng: rand.New(rand.NewPCG(7, uint64(o.RefcountBits))), file: storage.NewMemory(), cluster: int64(o.ClusterSize), want: make([]byte, o.Size)}
+	m := &model{t: t, rng: rand.New(rand.NewPCG(7, uint64(o.RefcountBits))), file: storage.NewMemory(), cluster: int64(o.ClusterSize), want: make([]byte, o.Size), noise: make([]byte, 1<<20)}
+	for i := range m.noise {
+		m.noise[i] = byte(m.rng.Uint32())
+	}
 	if err := qcow.Create(m.file, o); err != nil {
 		t.Fatal(err)
 	}
@@ -130,8 +134,8 @@ func (m *model) step() {
 			m.t.Fatalf("read %d+%d differs from the model", off, n)
 		}
 	default:
-		for i := range n {
-			m.want[off+i] = byte(m.rng.Uint32())
+		for done := int64(0); done < n; {
+			done += int64(copy(m.want[off+done:off+n], m.noise[m.rng.IntN(len(m.noise)/2):]))
 		}
 		_, err = m.img.WriteAt(m.want[off:][:n], off)
 	}

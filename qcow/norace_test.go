@@ -2,4 +2,4 @@
 
 package qcow_test
 
-const raced = false
+const stride = 1

@@ -166,7 +166,7 @@ func TestResizeWhoseHeaderWriteFailsHalfway(t *testing.T) {
 	if err := g.img.Close(); err != nil {
 		t.Fatal(err)
 	}
-	for s := range storage.CrashStates(g.b, g.log.Ops(), storage.CrashOptions{Seed: 1}) {
+	for s := range storage.CrashStates(g.b, g.log.Ops(), storage.CrashOptions{Seed: 1, Exhaustive: 6, Random: 8}) {
 		img, err := qcow.Open(storage.NewMemoryFrom(s.Content), qcow.Options{})
 		if err != nil {
 			t.Fatalf("%s: %v", s.Name, err)
