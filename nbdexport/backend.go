@@ -11,7 +11,8 @@ import (
 type Backend interface {
 	// ReadAt fills p; ranges outside Info().Size never arrive.
 	io.ReaderAt
-	// WriteAt writes all of p. Once it has returned nil the data outlives the process; Flush makes it outlive the machine.
+	// WriteAt writes all of p. Once it has returned nil the data outlives the process; Flush makes it outlive the
+	// machine.
 	io.WriterAt
 	// Info describes the export. What it says when a client chooses the export holds for that connection, but for the
 	// size: a request past the end that the server knows makes it ask again, so an export may grow while it is served.
@@ -19,7 +20,8 @@ type Backend interface {
 	// WriteZeroes makes n bytes at off read as zeroes. With mayUnmap their space may be given back;
 	// without, a later write there must not need new space where the bytes had space before.
 	WriteZeroes(off, n int64, mayUnmap bool) error
-	// Discard hints that n bytes at off are no longer needed. Whole clusters inside the range read as zeroes afterwards.
+	// Discard hints that n bytes at off are no longer needed. Whole clusters inside the range read as zeroes
+	// afterwards.
 	Discard(off, n int64) error
 	// Flush makes everything that was acknowledged before it durable.
 	Flush() error
