@@ -83,12 +83,26 @@ func (s *node) checkFree(path, handle string) error {
 	return nil
 }
 
-// at reports whether the volume is staged or published at path.
-func (s *node) at(v *staged, path string) bool {
+// at returns nil when the volume is at path: staged or published there, or bound there by somebody else. Kubelet binds
+// the device nodes of raw block volumes to paths of its own, and asks about those.
+func (s *node) at(ctx context.Context, v *staged, path string) error {
+	path = filepath.Clean(path)
 	s.mu.Lock()
-	defer s.mu.Unlock()
 	_, published := v.published[path]
-	return published || v.path == path
+	s.mu.Unlock()
+	if published || v.path == path {
+		return nil
+	}
+	if filepath.IsAbs(path) {
+		mounts, err := s.mounter.Mounts(ctx, path)
+		if err != nil {
+			return err
+		}
+		if n := len(mounts); n > 0 && mounts[n-1].Device == v.device.Path {
+			return nil
+		}
+	}
+	return fmt.Errorf("%w: %s", errNotThere, path)
 }
 
 // checkPath refuses a path that is missing, relative, or cannot be a target.

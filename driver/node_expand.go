@@ -3,7 +3,6 @@ package driver
 import (
 	"context"
 	"fmt"
-	"path/filepath"
 
 	"github.com/container-storage-interface/spec/lib/go/csi"
 
@@ -38,8 +37,8 @@ func (s *node) NodeExpandVolume(
 	if v == nil {
 		return nil, s.notStaged(ctx, r.GetVolumeId())
 	}
-	if !s.at(v, filepath.Clean(r.GetVolumePath())) {
-		return nil, fmt.Errorf("%w: %s", errNotThere, r.GetVolumePath())
+	if err := s.at(ctx, v, r.GetVolumePath()); err != nil {
+		return nil, err
 	}
 	if c := r.GetVolumeCapability(); c != nil && isBlock(c) != isBlock(v.capability) {
 		return nil, argumentf("the volume is staged as the other of raw block device and filesystem")

@@ -4,7 +4,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"path/filepath"
 
 	"github.com/container-storage-interface/spec/lib/go/csi"
 
@@ -21,12 +20,14 @@ func (s *node) NodeGetVolumeStats(
 	if r.GetVolumePath() == "" {
 		return nil, argumentf("volume_path is missing")
 	}
-	path := filepath.Clean(r.GetVolumePath())
 	v := s.ready(r.GetVolumeId())
-	if v == nil || !s.at(v, path) || isBlock(v.capability) && v.path == path {
-		return nil, fmt.Errorf("%w: %s", errNotThere, path)
+	if v == nil {
+		return nil, fmt.Errorf("%w: %s", errNotThere, r.GetVolumePath())
 	}
-	u, err := s.mounter.Usage(ctx, path)
+	if err := s.at(ctx, v, r.GetVolumePath()); err != nil {
+		return nil, err
+	}
+	u, err := s.mounter.Usage(ctx, r.GetVolumePath())
 	if errors.Is(err, mount.ErrNotMounted) {
 		return nil, fmt.Errorf("%w: %w", errNotThere, err)
 	}

@@ -470,6 +470,34 @@ func TestPublishFails(t *testing.T) {
 	}
 }
 
+// TestPathsOfKubelet: kubelet asks about a raw block volume by a path to which it has bound the device itself.
+func TestPathsOfKubelet(t *testing.T) {
+	p := startDriver(t)
+	c := capability("block", writer)
+	handle, other := p.create(t, "v", c), p.create(t, "other", c)
+	if err := errors.Join(p.stage(t, handle, c), p.publish(t, handle, "pod", c, false)); err != nil {
+		t.Fatal(err)
+	}
+	_, err := p.NodeStageVolume(t.Context(), &csi.NodeStageVolumeRequest{
+		VolumeId: other, StagingTargetPath: p.path("other"), VolumeCapability: c,
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	for name, v := range map[string]string{"bound": handle, "bound-other": other} {
+		if err := p.node.Mounter.Bind(t.Context(), p.driver.node.staged[v].device.Path, p.path(name), false); err != nil {
+			t.Fatal(err)
+		}
+	}
+	p.wantStats(t, handle, "bound", "block", 16*mebibyte)
+	_, err = p.NodeExpandVolume(t.Context(), &csi.NodeExpandVolumeRequest{VolumeId: handle, VolumePath: p.path("bound")})
+	wantCode(t, err, codes.OK)
+	for _, name := range []string{"bound-other", "absent", "staging"} {
+		_, err = p.NodeGetVolumeStats(t.Context(), &csi.NodeGetVolumeStatsRequest{VolumeId: handle, VolumePath: p.path(name)})
+		wantCode(t, err, codes.NotFound)
+	}
+}
+
 func TestNodeExpandVolume(t *testing.T) {
 	p := startDriver(t)
 	c := capability("", writer)

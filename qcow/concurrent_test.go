@@ -218,18 +218,22 @@ func testSeeds(t *testing.T, short, many int) []uint64 {
 }
 
 func TestConcurrentRequests(t *testing.T) {
-	const owners, requests = 6, 150
+	const (
+		owners, requests = 6, 150
+		maxRange         = 192 << 10 // bytes that each owner writes to: 3 large clusters
+	)
 	for _, o := range trafficShapes {
 		for _, seed := range testSeeds(t, 1, 50) {
 			t.Run(fmt.Sprintf("cluster=%d/refcount=%d/seed=%d", o.ClusterSize, o.RefcountBits, seed), func(t *testing.T) {
-				each, shared := int64(40*o.ClusterSize+o.ClusterSize/3), int64(24*o.ClusterSize)
+				cluster := int64(o.ClusterSize)
+				each, shared := min(40*cluster, maxRange)+cluster/3, min(24*cluster, maxRange)
 				o.Size = (shared + owners*each + sector) / sector * sector
 				f := create(t, o)
-				img := open(t, restless(f), qcow.Options{CacheBytes: 1})
+				img := open(t, restless(f), qcow.Options{CacheBytes: 1, ReserveBytes: maxRange})
 				tr := newTraffic(t, img, seed, owners, each, shared)
 				stop := make(chan struct{})
 				var wg sync.WaitGroup
-				wg.Go(func() { growUntil(t, img, stop, int64(o.ClusterSize)) })
+				wg.Go(func() { growUntil(t, img, stop, cluster) })
 				tr.run(requests)
 				close(stop)
 				wg.Wait()

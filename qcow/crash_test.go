@@ -314,7 +314,7 @@ func TestCrash(t *testing.T) {
 	require.Tool(t, "qemu-img")
 	seeds, o := 2, storage.CrashOptions{Exhaustive: 8, Random: 12}
 	if long() {
-		seeds = 200
+		seeds, o = 200, storage.CrashOptions{} // up to 12 operations exhaustively
 	}
 	shapes := []struct {
 		image   qcow.CreateOptions

@@ -21,10 +21,9 @@ func fillUp(t *testing.T, img *qcow.Image, want []byte, rng *rand.Rand) {
 	for serial := byte(1); ; serial = serial%250 + 1 {
 		n := 1 + rng.Int64N(20000)
 		off := rng.Int64N(int64(len(want)) - n)
-		done, err := img.WriteAt(repeated(serial, n), off)
-		for i := range want[off:][:done] {
-			want[off:][i] = serial
-		}
+		p := repeated(serial, n)
+		done, err := img.WriteAt(p, off)
+		copy(want[off:], p[:done])
 		if err == nil {
 			continue
 		}

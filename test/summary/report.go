@@ -105,7 +105,9 @@ func (r *report) endPackage(pkg name, action string) {
 	for _, n := range failed {
 		blamed = blamed || r.result[n] == "fail"
 		for _, line := range r.output[n] {
-			r.printf("%s", line)
+			if !strings.HasPrefix(line, "=== ") { // RUN, PAUSE, CONT: of interest to the machine only
+				r.printf("%s", line)
+			}
 		}
 		delete(r.output, n)
 	}
@@ -131,10 +133,11 @@ func (r *report) finish(required []name) error {
 	for _, n := range skipped {
 		r.printf("skipped: %s: %s\n", n, reason(r.output[n]))
 	}
+	unmet := 0
 	for _, want := range required {
 		if why := r.unmet(want, skipped); why != "" {
 			r.printf("required, but %s: %s\n", why, want)
-			count["fail"]++
+			unmet++
 		}
 	}
 	r.printf("%d passed, %d failed, %d skipped\n", count["pass"], count["fail"], count["skip"])
@@ -143,6 +146,8 @@ func (r *report) finish(required []name) error {
 		return r.err
 	case count["fail"] > 0:
 		return fmt.Errorf("%d failed", count["fail"])
+	case unmet > 0:
+		return fmt.Errorf("%d required tests did not do their work", unmet)
 	case count["pass"] == 0:
 		return errors.New("no test ran")
 	}

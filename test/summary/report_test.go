@@ -64,12 +64,13 @@ func TestReport(t *testing.T) {
 			name: "a failed test is heard",
 			rows: []event{
 				{Action: "run", Package: "a", Test: "TestX"},
+				{Action: "output", Package: "a", Test: "TestX", Output: "=== RUN   TestX\n"},
 				{Action: "output", Package: "a", Test: "TestX", Output: "the reason\n"},
 				{Action: "fail", Package: "a", Test: "TestX"},
 				{Action: "output", Package: "a", Output: "FAIL\ta\t0.1s\n"},
 				{Action: "fail", Package: "a"},
 			},
-			want: []string{"the reason\n", "FAIL\ta\t0.1s\n", "0 passed, 1 failed, 0 skipped\n"},
+			want: []string{"the reason\n", "FAIL\ta\t0.1s\n", "0 passed, 1 failed, 0 skipped\n"}, not: []string{"=== RUN"},
 		},
 		{
 			name: "a package that does not build",
@@ -97,7 +98,7 @@ func TestReport(t *testing.T) {
 		},
 		{
 			name: "a required test that is not there", rows: passed("a", "TestX"), required: "a TestGone\n",
-			want: []string{"required, but it did not run: a TestGone\n", "1 passed, 1 failed, 0 skipped\n"},
+			want: []string{"required, but it did not run: a TestGone\n", "1 passed, 0 failed, 0 skipped\n"},
 		},
 		{
 			name: "a required test of another package", rows: passed("aa", "TestX"), required: "a TestX\n",

@@ -32,6 +32,7 @@ const (
 type Guest struct {
 	Package string        // whose tests to run, relative to the module, such as "driver/attach/nbd"
 	Args    []string      // for the test binary, such as "-test.run=Conformance"
+	Program string        // a command to build for the tests, such as "cmd/qcow-csi"; handover.ProgramVariable names its file
 	Modules []string      // kernel modules to load, by name
 	Disk    int64         // length in bytes of an ext4 filesystem, sparse, on handover.DiskDir; 0 for none
 	Memory  int           // MiB; 0 means 512
@@ -71,6 +72,11 @@ func run(t *testing.T, g Guest) (console string, err error) {
 	}
 	if value, ok := os.LookupEnv(requireVariable); ok {
 		order.Env = append(order.Env, requireVariable+"="+value)
+	}
+	if g.Program != "" {
+		program := filepath.Join(dir, "program")
+		goTool(t, "build", "-o", program, module+"/"+g.Program)
+		order.Env = append(order.Env, handover.ProgramVariable+"="+program)
 	}
 	goTool(t, "test", "-c", "-tags", "vmguest", "-o", order.Binary, module+"/"+g.Package)
 	goTool(t, "build", "-o", filepath.Join(dir, "init"), module+"/test/vm/init")

@@ -34,3 +34,16 @@ func TestVolumes(t *testing.T) {
 		Disk:    2 << 30,
 	})
 }
+
+// TestDemo runs the demo where it has everything: the kernel's NBD client, and the right to grow a mounted ext4.
+func TestDemo(t *testing.T) {
+	t.Parallel()
+	vm.Run(t, vm.Guest{
+		Package: "test/demo",
+		Args:    []string{"-test.run=^TestInGuest$"},
+		Program: "cmd/qcow-csi",
+		Modules: []string{"nbd"},
+		Memory:  1024,
+		Disk:    4 << 30,
+	})
+}

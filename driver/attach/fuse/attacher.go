@@ -109,7 +109,7 @@ func (a *Attacher) Attach(ctx context.Context, r attach.Request) (attach.Device,
 	if err != nil {
 		return attach.Device{}, fmt.Errorf("attach volume %q: %w", r.VolumeID, err)
 	}
-	number, err := assist(ctx, job{Configure: &configureJob{name, geometry}}, e.root)
+	number, err := configureTask.Run(ctx, configureJob{name, geometry}, e.root)
 	if err != nil {
 		err = errors.Join(err, a.discard(r.VolumeID), closeExport(e))
 		return attach.Device{}, fmt.Errorf("attach volume %q: %w", r.VolumeID, err)
@@ -156,7 +156,7 @@ func (a *Attacher) Detach(ctx context.Context, volumeID string) error {
 
 // remove takes the file from a loop device, after flushing it if that is wanted.
 func (a *Attacher) remove(ctx context.Context, l loop, flush bool) error {
-	if _, err := assist(ctx, job{Remove: &removeJob{l.path, flush}}, nil); err != nil {
+	if _, err := removeTask.Run(ctx, removeJob{l.path, flush}); err != nil {
 		return err
 	}
 	ctx, cancel := context.WithTimeout(ctx, patience)
@@ -185,7 +185,7 @@ func (a *Attacher) Resize(ctx context.Context, volumeID string, size int64) erro
 		return err
 	}
 	e.size.Store(size)
-	if _, err := assist(ctx, job{Grow: &growJob{e.name, d.path, size}}, e.root); err != nil {
+	if _, err := growTask.Run(ctx, growJob{e.name, d.path, size}, e.root); err != nil {
 		return fmt.Errorf("resize %s of volume %q to %d bytes: %w", d.path, volumeID, size, err)
 	}
 	klog.FromContext(ctx).Info("Resized", "volume", volumeID, "device", d.path, "size", size)

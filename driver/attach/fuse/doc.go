@@ -14,14 +14,9 @@
 // The file is named by its [attach.Tag], escaped as in a URL. The kernel shows it in /sys/block/loopN/loop/backing_file, and
 // that is how List and Detach, in this process or a later one, know their devices; losetup shows it to people.
 //
-// # Nobody waits for himself
-//
-// A thread that waits for a file or a device which its own process serves is a trap: when the process is killed, the
-// thread cannot die before it has its answer, the kernel does not end the connection before the last thread is dead, and nobody
-// answers. So everything that makes the kernel ask the server, which is opening the file, configuring the loop device, flushing and
-// clearing it, is done by an assistant: this program once more, as a short-lived process of its own. (An init function of
-// this package turns the process into one.) When the plugin is killed, its assistant gets an error, and dies, too.
-// Who uses this package keeps to the same rule: no I/O from this process to a device that it serves, unless a signal ends it.
+// What waits for the server, which is opening the file, configuring the loop device, flushing and clearing it, is done by
+// assistant processes. Who uses this package keeps to the same rule: no I/O from this process to a device that it
+// serves. Were the process killed at such a moment, it could not die.
 //
 // # Data path
 //

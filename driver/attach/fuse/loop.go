@@ -12,6 +12,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/qcow-csi/qcow-csi/driver/attach"
+	"github.com/qcow-csi/qcow-csi/driver/attach/internal/assistant"
 	"github.com/qcow-csi/qcow-csi/driver/attach/internal/blockdev"
 )
 
@@ -26,33 +27,53 @@ const (
 
 func loopPath(number int) string { return "/dev/loop" + strconv.Itoa(number) }
 
-// freeLoop returns the number of a loop device that nobody uses, for the moment. It makes one where there is none.
-func freeLoop() (int, error) {
+// freeLoop returns the number of a loop device that has no file at the moment. It makes one where there is none.
+func freeLoop() (int, error) { return controlLoops(unix.LOOP_CTL_GET_FREE, 0) }
+
+// ensureLoop makes the loop device with this number exist.
+func ensureLoop(number int) error {
+	_, err := controlLoops(unix.LOOP_CTL_ADD, number)
+	if errors.Is(err, unix.EEXIST) {
+		return nil
+	}
+	return err
+}
+
+func controlLoops(request uint, number int) (int, error) {
 	control, err := unix.Open(loopControl, unix.O_RDWR|unix.O_CLOEXEC, 0)
 	if err != nil {
 		return -1, &os.PathError{Op: "open", Path: loopControl, Err: err}
 	}
 	defer unix.Close(control) //nolint:errcheck // nothing was written to it
-	number, err := unix.IoctlRetInt(control, unix.LOOP_CTL_GET_FREE)
-	if err != nil {
-		return -1, fmt.Errorf("get a free loop device: %w", err)
+	result, _, errno := unix.Syscall(unix.SYS_IOCTL, uintptr(control), uintptr(request), uintptr(number))
+	if errno != 0 {
+		return -1, fmt.Errorf("%s: find a free device: %w", loopControl, errno)
 	}
-	return number, nil
+	return int(result), nil
 }
 
-// configureJob puts a loop device over the file of a mount.
+// What waits for the server of the file is done by assistants. The first two have the root directory of the mount.
+var (
+	configureTask = assistant.New("fuse-configure", configure)
+	growTask      = assistant.New("fuse-grow", grow)
+	removeTask    = assistant.New("fuse-remove", remove)
+)
+
+// none is the result of a task that has none.
+type none struct{}
+
 type configureJob struct {
 	File     string
 	Geometry attach.Geometry
 }
 
-// do returns the number of the device.
-func (j *configureJob) do(ctx context.Context) (number int, err error) {
+// configure puts a loop device over the file of a mount and returns its number.
+func configure(ctx context.Context, j configureJob) (number int, err error) {
 	mode := unix.O_RDWR
 	if j.Geometry.ReadOnly {
 		mode = unix.O_RDONLY
 	}
-	file, err := unix.Openat(rootFD, j.File, mode|unix.O_CLOEXEC, 0)
+	file, err := unix.Openat(assistant.FirstFile, j.File, mode|unix.O_CLOEXEC, 0)
 	if err != nil {
 		return -1, fmt.Errorf("open the file of the FUSE mount: %w", err)
 	}
@@ -66,64 +87,58 @@ func (j *configureJob) do(ctx context.Context) (number int, err error) {
 
 	ctx, cancel := context.WithTimeout(ctx, patience)
 	defer cancel()
-	// Others look for free devices, too: whoever configures one first has it.
-	err = blockdev.Await(ctx, "a free loop device", func() (configured bool, err error) {
-		number, err = freeLoop()
-		if err != nil {
-			return false, err
+	// A device without a file may still be somebody's, who holds it exclusively or was faster: then the next one will do.
+	for number, err = freeLoop(); err == nil; number++ {
+		if err = ensureLoop(number); err == nil {
+			err = configureLoop(ctx, number, &config)
 		}
-		return configureLoop(ctx, number, &config)
-	})
+		if !errors.Is(err, unix.EBUSY) {
+			break
+		}
+		err = ctx.Err()
+	}
 	return number, err
 }
 
-// configureLoop returns false when another process was faster.
-func configureLoop(ctx context.Context, number int, config *unix.LoopConfig) (configured bool, err error) {
+func configureLoop(ctx context.Context, number int, config *unix.LoopConfig) error {
 	path := loopPath(number)
 	node, err := deviceNumber(filepath.Base(path))
 	if err != nil {
-		return false, err
+		return err
 	}
 	if err := blockdev.AwaitNode(ctx, path, node); err != nil {
-		return false, err
+		return err
 	}
 	// A device that is configured through a descriptor for reading becomes read-only.
 	fd, err := unix.Open(path, unix.O_RDWR|unix.O_CLOEXEC, 0)
 	if err != nil {
-		return false, &os.PathError{Op: "open", Path: path, Err: err}
+		return &os.PathError{Op: "open", Path: path, Err: err}
 	}
-	err = unix.IoctlLoopConfigure(fd, config)
-	if err := unix.Close(fd); err != nil {
-		return false, &os.PathError{Op: "close", Path: path, Err: err}
+	if err = unix.IoctlLoopConfigure(fd, config); err != nil {
+		err = fmt.Errorf("configure %s: %w", path, err)
 	}
-	switch {
-	case errors.Is(err, unix.EBUSY):
-		return false, nil
-	case err != nil:
-		return false, fmt.Errorf("configure %s: %w", path, err)
-	}
-	return true, nil
+	return errors.Join(err, unix.Close(fd))
 }
 
-// growJob tells the kernel that the file has grown.
 type growJob struct {
 	File string
 	Path string
 	Size int64 // bytes
 }
 
-func (j *growJob) do(ctx context.Context) (err error) {
+// grow tells the kernel that the file has grown.
+func grow(ctx context.Context, j growJob) (_ none, err error) {
 	d, err := blockdev.Open(j.Path)
 	if err != nil {
-		return err
+		return none{}, err
 	}
 	defer func() { err = errors.Join(err, d.Close()) }()
 	ctx, cancel := context.WithTimeout(ctx, patience)
 	defer cancel()
-	return blockdev.Await(ctx, "the kernel to take the size", func() (bool, error) {
+	return none{}, blockdev.Await(ctx, "the kernel to take the size", func() (bool, error) {
 		// Makes the kernel ask for the size. It ignores the answer when a write ends at the same time, hence the loop.
 		var st unix.Stat_t
-		if err := unix.Fstatat(rootFD, j.File, &st, 0); err != nil {
+		if err := unix.Fstatat(assistant.FirstFile, j.File, &st, 0); err != nil {
 			return false, fmt.Errorf("stat the file of the FUSE mount: %w", err)
 		}
 		if err := unix.IoctlSetInt(d.FD(), unix.LOOP_SET_CAPACITY, 0); err != nil {
@@ -134,16 +149,16 @@ func (j *growJob) do(ctx context.Context) (err error) {
 	})
 }
 
-// removeJob takes the file from a loop device.
 type removeJob struct {
 	Path  string
 	Flush bool // before that
 }
 
-func (j *removeJob) do(ctx context.Context) error {
+// remove takes the file from a loop device.
+func remove(ctx context.Context, j removeJob) (none, error) {
 	ctx, cancel := context.WithTimeoutCause(ctx, settling, attach.ErrBusy)
 	defer cancel()
-	return blockdev.Await(ctx, j.Path+" to be closed by everybody else", func() (bool, error) {
+	return none{}, blockdev.Await(ctx, j.Path+" to be closed by everybody else", func() (bool, error) {
 		d, err := blockdev.Claim(j.Path)
 		if err != nil {
 			return false, err

@@ -11,6 +11,7 @@ import (
 	"k8s.io/klog/v2"
 
 	"github.com/qcow-csi/qcow-csi/driver/attach"
+	"github.com/qcow-csi/qcow-csi/driver/attach/internal/assistant"
 	"github.com/qcow-csi/qcow-csi/driver/attach/internal/blockdev"
 	"github.com/qcow-csi/qcow-csi/driver/attach/internal/kmod"
 	"github.com/qcow-csi/qcow-csi/driver/attach/internal/served"
@@ -128,7 +129,6 @@ func (a *Attacher) setUp(ctx context.Context, r attach.Request, g attach.Geometr
 	d := newDevice(ctx, a, index, tag, r.Backend, g)
 	go d.serve(ours)
 	if err := a.awaitDevice(ctx, d, g.Size); err != nil {
-		d.detaching.Store(true)
 		err = errors.Join(err, a.kernel.disconnect(index))
 		d.stop()
 		return nil, err
@@ -171,7 +171,7 @@ func (a *Attacher) Detach(ctx context.Context, volumeID string) error {
 	d, isServed := a.devices.Get(volumeID)
 	if exists {
 		if isServed && d.alive() {
-			err = a.tearDown(found, d)
+			_, err = tearDownTask.Run(ctx, tearDownJob{found.path(), found.index})
 		} else {
 			err = a.tearDownDead(found)
 		}
@@ -190,23 +190,29 @@ func (a *Attacher) Detach(ctx context.Context, volumeID string) error {
 	return nil
 }
 
+// tearDownTask is tearDown in an assistant, because it waits for the server of the device.
+var tearDownTask = assistant.New("nbd-tear-down", tearDown)
+
+// none is the result of a task that has none.
+type none struct{}
+
+type tearDownJob struct {
+	Path  string
+	Index uint32
+}
+
 // tearDown disconnects a device that is served, after flushing it, and keeps everybody from mounting it meanwhile.
-func (a *Attacher) tearDown(found disk, d *device) (err error) {
-	claim, err := blockdev.Claim(found.path())
+func tearDown(_ context.Context, j tearDownJob) (_ none, err error) {
+	claim, err := blockdev.Claim(j.Path)
 	if err != nil {
-		return err
+		return none{}, err
 	}
 	// The kernel drops the device when the last descriptor is closed, this one at the latest.
 	defer func() { err = errors.Join(err, claim.Close()) }()
 	if err := claim.Sync(); err != nil {
-		return err
+		return none{}, err
 	}
-	d.detaching.Store(true)
-	err = a.kernel.disconnect(found.index)
-	if err != nil {
-		d.detaching.Store(false)
-	}
-	return err
+	return none{}, newClient().disconnect(j.Index)
 }
 
 // tearDownDead disconnects a device that has no server. Opening such a device may wait for one, so it is not opened.

@@ -6,7 +6,6 @@ import (
 	"net"
 	"os"
 	"strconv"
-	"sync/atomic"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -17,8 +16,6 @@ import (
 	"github.com/qcow-csi/qcow-csi/nbdexport"
 )
 
-var errDetaching = errors.New("the device is being detached")
-
 // device is a device that this process serves.
 type device struct {
 	index    uint32
@@ -26,9 +23,8 @@ type device struct {
 	backend  nbdexport.Backend
 	geometry attach.Geometry // Size is guarded by the claim on the volume
 
-	kernel    client
-	lifetime  time.Duration // how long the kernel waits for a new connection
-	detaching atomic.Bool   // the end of the connection is wanted
+	kernel   client
+	lifetime time.Duration // how long the kernel waits for a new connection
 
 	ctx    context.Context // done when serving is to end
 	cancel context.CancelFunc
@@ -78,7 +74,7 @@ func (d *device) serve(conn net.Conn) {
 	logger := klog.FromContext(d.ctx)
 	for {
 		err := nbdexport.ServeTransmission(d.ctx, conn, d.backend)
-		if err == nil || d.ctx.Err() != nil || d.detaching.Load() {
+		if err == nil || d.ctx.Err() != nil {
 			return
 		}
 		// Every request of the lost connection has ended, so none can overtake its own repetition.
@@ -88,7 +84,7 @@ func (d *device) serve(conn net.Conn) {
 		case err == nil:
 			logger.Info("Reconnected")
 			continue
-		case d.ctx.Err() != nil, errors.Is(err, errDetaching):
+		case d.ctx.Err() != nil:
 			return
 		}
 		logger.Error(err, "Cannot reconnect; disconnecting the device: its I/O fails from now on")
@@ -109,9 +105,6 @@ func (d *device) reconnect() (net.Conn, error) {
 		refusal error
 	)
 	err := blockdev.Await(ctx, "the kernel to take a new connection", func() (bool, error) {
-		if d.detaching.Load() {
-			return false, errDetaching
-		}
 		ours, theirs, err := socketPair()
 		if err != nil {
 			return false, err

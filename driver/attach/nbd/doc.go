@@ -27,7 +27,8 @@
 //
 // Detach holds the device exclusively while it works, which fails when the device is mounted or part of another device, in
 // any namespace. A process that merely has the device open goes unnoticed, and gets errors from then on: the kernel does not
-// say. The device is flushed, then disconnected; Detach returns when the kernel has dropped the device and the last
+// say. The device is flushed, then disconnected, by an assistant process: were this process killed while it waits for itself, it
+// would not die before the kernel has given up on every request. Detach Detach returns when the kernel has dropped the device and the last
 // request has ended. A device that has lost its server cannot be opened without waiting for it, so there the mount
 // table that this process sees and the device's holders decide.
 //

@@ -6,6 +6,8 @@ import "time"
 const (
 	// Variable is the environment variable that names the shared directory, on the guest's kernel command line.
 	Variable = "QCOW_CSI_VM"
+	// ProgramVariable is the environment variable that names the program which was built for the tests.
+	ProgramVariable = "QCOW_CSI_VM_PROGRAM"
 	// OrderFile holds the [Order], as JSON, from the host.
 	OrderFile = "order.json"
 	// StatusFile holds how the binary ended, from the guest, as [os.ProcessState] words it. Without it the guest died.
