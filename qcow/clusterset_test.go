@@ -53,3 +53,15 @@ func TestClusterSet(t *testing.T) {
 		t.Errorf("%d pages for members in 7", len(s))
 	}
 }
+
+// A search that begins inside a page without members goes on at the start of the next one.
+func TestClusterSetFindAcrossPages(t *testing.T) {
+	s := clusterSet{}
+	s.add(2*pageClusters+1, 1)
+	if c, found := s.find(pageClusters-5, 10*pageClusters); !found || c != 2*pageClusters+1 {
+		t.Errorf("found %d, %v", c, found)
+	}
+	if c, found := s.find(pageClusters-5, pageClusters+6); found {
+		t.Errorf("found %d behind the end of the search", c)
+	}
+}

@@ -18,11 +18,15 @@ func newHostile(t *testing.T) *handmade {
 	})
 }
 
+func writing(p []byte, off int64) func(img *qcow.Image) error {
+	return func(img *qcow.Image) error { _, err := img.WriteAt(p, off); return err }
+}
+
 // changes are the requests that change guest cluster 1.
 var changes = map[string]func(img *qcow.Image) error{
-	"write":           func(img *qcow.Image) error { _, err := img.WriteAt(repeated(9, hostileCluster), hostileCluster); return err },
-	"write of a part": func(img *qcow.Image) error { _, err := img.WriteAt([]byte{9}, hostileCluster+100); return err },
-	"write across":    func(img *qcow.Image) error { _, err := img.WriteAt(repeated(1, 3*hostileCluster), 0); return err }, // as before
+	"write":           writing(repeated(9, hostileCluster), hostileCluster),
+	"write of a part": writing([]byte{9}, hostileCluster+100),
+	"write across":    writing(repeated(1, 3*hostileCluster), 0), // what is there already, up to the entry
 	"zeroes in place": func(img *qcow.Image) error { return img.WriteZeroes(hostileCluster, hostileCluster, false) },
 	"zeroes":          func(img *qcow.Image) error { return img.WriteZeroes(hostileCluster, hostileCluster, true) },
 	"discard":         func(img *qcow.Image) error { return img.Discard(hostileCluster, hostileCluster) },

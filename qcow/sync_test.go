@@ -25,19 +25,19 @@ func TestGroupSync(t *testing.T) {
 		if first() {
 			t.Fatal("the first caller did not wait for its sync")
 		}
-		second, third := background(do), background(do)
+		second, third, fourth := background(do), background(do), background(do)
 		proceed <- struct{}{}
-		if !first() || second() || third() {
-			t.Errorf("after one sync the callers have returned: %v, %v, %v", first(), second(), third())
+		if !first() || second() || third() || fourth() {
+			t.Errorf("after one sync the callers have returned: %v, %v, %v, %v", first(), second(), third(), fourth())
 		}
 		proceed <- struct{}{}
-		if !second() || !third() || calls != 2 {
-			t.Errorf("after the second sync the callers have returned: %v, %v; %d syncs", second(), third(), calls)
+		if !second() || !third() || !fourth() || calls != 2 {
+			t.Errorf("after the second sync the callers have returned: %v, %v, %v; %d syncs", second(), third(), fourth(), calls)
 		}
-		fourth := background(do)
+		last := background(do)
 		proceed <- struct{}{}
-		if !fourth() || calls != 3 {
-			t.Errorf("a caller that comes when nothing is under way has returned: %v; %d syncs", fourth(), calls)
+		if !last() || calls != 3 {
+			t.Errorf("a caller that comes when nothing is under way has returned: %v; %d syncs", last(), calls)
 		}
 	})
 }

@@ -7,7 +7,8 @@ import (
 )
 
 var (
-	// ErrNoSpace: the file system is full, or the quota is used up. Errors of this class also match syscall.ENOSPC.
+	// ErrNoSpace: the file system is full, the quota is used up, or the file is as large as the file system allows. Errors of this
+	// class also match the syscall.Errno that says which.
 	ErrNoSpace = errors.New("out of space")
 	// ErrBusy: another process, QEMU included, holds the image in a way that excludes this use.
 	ErrBusy = errors.New("image is in use")
@@ -15,7 +16,7 @@ var (
 
 // classify gives err the class ErrNoSpace where that is what it means.
 func classify(err error) error {
-	if errors.Is(err, syscall.ENOSPC) || errors.Is(err, syscall.EDQUOT) {
+	if errors.Is(err, syscall.ENOSPC) || errors.Is(err, syscall.EDQUOT) || errors.Is(err, syscall.EFBIG) {
 		return fmt.Errorf("%w: %w", ErrNoSpace, err)
 	}
 	return err

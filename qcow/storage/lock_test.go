@@ -6,6 +6,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"testing"
 
 	"golang.org/x/sys/unix"
@@ -44,6 +45,49 @@ func TestLocks(t *testing.T) {
 			third, err := Open(path, ReadWrite)
 			mustDo(t, err)
 			closeFile(t, third)
+		})
+	}
+}
+
+// The bytes are QEMU's: 100 and on say what the holder does, 200 and on what it does not share; read, write, write unchanged, resize.
+func TestLockBytes(t *testing.T) {
+	all := []int64{100, 101, 102, 103, 200, 201, 202, 203}
+	for mode, want := range map[Mode]struct{ holds, yields []int64 }{
+		ReadWrite: {holds: []int64{100, 101, 103, 201, 203}, yields: []int64{101, 103, 200, 201, 203}},
+		ReadOnly:  {holds: []int64{100, 201, 203}, yields: []int64{101, 103, 200}},
+	} {
+		t.Run(modeName(mode), func(t *testing.T) {
+			created, path := newOSFile(t)
+			closeFile(t, created)
+			other, err := os.OpenFile(path, os.O_RDWR, 0)
+			mustDo(t, err)
+			defer func() { mustDo(t, other.Close()) }()
+
+			f, err := Open(path, mode)
+			mustDo(t, err)
+			var holds, yields []int64
+			for _, b := range all {
+				var found unix.Flock_t
+				mustDo(t, fcntl(other, unix.F_OFD_GETLK, unix.F_WRLCK, b, &found))
+				if found.Type == unix.F_RDLCK {
+					holds = append(holds, b)
+				}
+			}
+			closeFile(t, f)
+			for _, b := range all {
+				mustDo(t, fcntl(other, unix.F_OFD_SETLK, unix.F_RDLCK, b, nil))
+				f, err := Open(path, mode)
+				if errors.Is(err, ErrBusy) {
+					yields = append(yields, b)
+				} else {
+					mustDo(t, err)
+					closeFile(t, f)
+				}
+				mustDo(t, fcntl(other, unix.F_OFD_SETLK, unix.F_UNLCK, b, nil))
+			}
+			if !slices.Equal(holds, want.holds) || !slices.Equal(yields, want.yields) {
+				t.Errorf("holds %d and yields to %d; want %d and %d", holds, yields, want.holds, want.yields)
+			}
 		})
 	}
 }

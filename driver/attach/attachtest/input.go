@@ -37,6 +37,7 @@ var input = map[string]func(*rig){
 	"data of one device stays off the other's":   noMixing,
 	"a device outlives the context of attach":    outlivesContext,
 	"a killed process leaves a device to detach": killedProcess,
+	"a process is killed while it detaches":      killedMidway,
 	"a device is gone for those who ask anew":    gone,
 	"concurrent detaches: the device goes once":  detachRace,
 }

@@ -6,9 +6,12 @@
 package attachtest
 
 import (
+	"cmp"
 	"context"
+	"fmt"
 	"maps"
 	"math/rand/v2"
+	"os"
 	"slices"
 	"testing"
 	"time"
@@ -31,11 +34,14 @@ type Subject struct {
 }
 
 const (
-	owner      = "attachtest"
-	otherOwner = "attachtest2"
-
 	mebibyte   = 1 << 20
 	deviceSize = 8 * mebibyte
+)
+
+// The owners of the devices. Other runs of the suite on the same node have others.
+var (
+	owner      = cmp.Or(os.Getenv(ownerVariable), fmt.Sprintf("attachtest-%d", os.Getpid()))
+	otherOwner = owner + "-other"
 )
 
 // Run runs the suite. It leaves nothing behind.

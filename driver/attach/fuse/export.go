@@ -139,7 +139,7 @@ func (e *export) attributes(node uint64, a *fuse.Attr) {
 	a.Mode = unix.S_IFREG | 0o600
 	a.Size = uint64(e.size.Load())
 	a.Blocks = a.Size / 512
-	a.Blksize = uint32(e.geometry.Granularity)
+	a.Blksize = uint32(e.geometry.BlockSize)
 }
 
 // Lookup finds the file.

@@ -3,6 +3,7 @@ package fuse_test
 import (
 	"context"
 	"errors"
+	"fmt"
 	"os"
 	"strings"
 	"syscall"
@@ -16,6 +17,9 @@ import (
 	"github.com/qcow-csi/qcow-csi/test/require"
 )
 
+// owner is not the one of other runs on the same node.
+var owner = fmt.Sprintf("fuse_test-%d", os.Getpid())
+
 func newAttacher(owner string) attach.Attacher { return fuse.New(fuse.Options{Owner: owner}) }
 
 func TestMain(m *testing.M) { os.Exit(attachtest.Main(m, newAttacher)) }
@@ -24,7 +28,7 @@ func TestMain(m *testing.M) { os.Exit(attachtest.Main(m, newAttacher)) }
 func needsKernel(t *testing.T) {
 	t.Helper()
 	require.Root(t)
-	err := newAttacher("fuse_test").Probe(t.Context())
+	err := newAttacher(owner).Probe(t.Context())
 	require.Feature(t, err == nil, "needs FUSE and loop devices")
 }
 
@@ -37,7 +41,7 @@ func TestConformance(t *testing.T) {
 func attachOne(t *testing.T) (*attachtest.Backend, attach.Device) {
 	t.Helper()
 	needsKernel(t)
-	a := newAttacher("fuse_test")
+	a := newAttacher(owner)
 	b := attachtest.NewBackend(t, 4<<20)
 	d, err := a.Attach(t.Context(), attach.Request{VolumeID: "v", Backend: b})
 	if err != nil {
@@ -63,7 +67,7 @@ func TestMountIsNowhere(t *testing.T) {
 		}
 	}
 	backing, err := os.ReadFile("/sys/block/" + strings.TrimPrefix(d.Path, "/dev/") + "/loop/backing_file")
-	if err != nil || string(backing) != "/qcow-csi:fuse_test:v\n" {
+	if err != nil || string(backing) != "/qcow-csi:"+owner+":v\n" {
 		t.Errorf("the file of %s is %q, %v", d.Path, backing, err)
 	}
 }

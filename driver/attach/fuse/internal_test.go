@@ -1,6 +1,8 @@
 package fuse
 
 import (
+	"fmt"
+	"os"
 	"testing"
 
 	"github.com/qcow-csi/qcow-csi/driver/attach"
@@ -13,7 +15,7 @@ import (
 func needsKernel(t *testing.T) *Attacher {
 	t.Helper()
 	require.Root(t)
-	a := New(Options{Owner: "internal_test"})
+	a := New(Options{Owner: fmt.Sprintf("internal_test-%d", os.Getpid())})
 	err := a.Probe(t.Context())
 	require.Feature(t, err == nil, "needs FUSE and loop devices")
 	t.Cleanup(func() {

@@ -160,6 +160,9 @@ func remove(ctx context.Context, j removeJob) (none, error) {
 	defer cancel()
 	return none{}, blockdev.Await(ctx, j.Path+" to be closed by everybody else", func() (bool, error) {
 		d, err := blockdev.Claim(j.Path)
+		if errors.Is(err, attach.ErrBusy) && !j.Flush {
+			return false, nil // it may be the assistant of the process that has left the device, which is about to end
+		}
 		if err != nil {
 			return false, err
 		}

@@ -27,14 +27,15 @@
 //
 // Detach holds the device exclusively while it works, which fails when the device is mounted or part of another device, in
 // any namespace. A process that merely has the device open goes unnoticed, and gets errors from then on: the kernel does not
-// say. The device is flushed, then disconnected, by an assistant process: were this process killed while it waits for itself, it
-// would not die before the kernel has given up on every request. Detach Detach returns when the kernel has dropped the device and the last
-// request has ended. A device that has lost its server cannot be opened without waiting for it, so there the mount
-// table that this process sees and the device's holders decide.
+// say. The device is flushed, then disconnected, both by an assistant process, because it means waiting for this one. Detach
+// returns when the kernel has dropped the device and the last request has ended.
+//
+// A device that has lost its server cannot be opened without waiting for it. So there the mount table that this process
+// sees, and the device's holders, tell whether it is in use.
 //
 // # Limits
 //
-// It takes Linux 5.14 (backend identifiers) and CAP_SYS_ADMIN. The netlink family exists in the initial network namespace only,
-// so a pod needs host networking; and the nodes appear in the host's /dev. The kernel reads the partition table of a device whenever it is opened
-// for the first time, unless the module was loaded with max_part=0, which is what Probe does when it loads the module.
+// It takes Linux 5.14 (backend identifiers) and CAP_SYS_ADMIN. The netlink family exists in the initial network namespace
+// only, so a pod needs host networking, and the host's /dev, where the nodes appear. The kernel reads the partition table of a
+// device when it is first opened, unless the module was loaded with max_part=0, as Probe does when it loads the module.
 package nbd

@@ -71,7 +71,7 @@ func newVolume(t *testing.T) *volume {
 	require.Root(t)
 	require.Tool(t, "qemu-img")
 	ctx := klog.NewContext(t.Context(), ktesting.NewLogger(t, ktesting.DefaultConfig))
-	const owner = "volume_test"
+	owner := fmt.Sprintf("volume_test-%d", os.Getpid()) // not the one of other runs on this node
 	attacher, reason, err := attach.Select(ctx, *attacherName, nbd.New(nbd.Options{Owner: owner}), fuse.New(fuse.Options{Owner: owner}))
 	require.Feature(t, err == nil, fmt.Sprintf("needs a kernel with NBD, or with FUSE and loop devices: %v", err))
 	seed := uint64(time.Now().UnixNano())
