@@ -2,7 +2,8 @@ package interop_test
 
 import (
 	"errors"
-	"os"
+	"io"
+	"net"
 	"os/exec"
 	"path/filepath"
 	"strings"
@@ -94,7 +95,7 @@ func TestQEMUsLocksAreHeededHere(t *testing.T) {
 	mustBeClean(t, path)
 }
 
-// serve starts qemu-nbd on a unix socket, and returns once it has the image open.
+// serve starts qemu-nbd on a unix socket, and returns once it has the image open and serves it.
 func serve(t *testing.T, args ...string) (stop func()) {
 	t.Helper()
 	socket := filepath.Join(t.TempDir(), "s")
@@ -106,10 +107,7 @@ func serve(t *testing.T, args ...string) (stop func()) {
 	}
 	ended := make(chan error, 1)
 	go func() { ended <- cmd.Wait() }()
-	for { // it makes the socket after it has opened the image
-		if _, err := os.Stat(socket); err == nil {
-			break
-		}
+	for !greets(t, socket) {
 		select {
 		case err := <-ended:
 			t.Fatalf("qemu-nbd: %v\n%s", err, output.String())
@@ -125,4 +123,18 @@ func serve(t *testing.T, args ...string) (stop func()) {
 			t.Errorf("qemu-nbd had ended by itself:\n%s", output.String())
 		}
 	}
+}
+
+// greets says whether a server on the socket speaks NBD. qemu-nbd makes the socket before it opens the image, and greets after that.
+func greets(t *testing.T, socket string) bool {
+	t.Helper()
+	conn, err := (&net.Dialer{}).DialContext(t.Context(), "unix", socket)
+	if err != nil {
+		return false
+	}
+	_, err = io.ReadFull(conn, make([]byte, 8))
+	if closeErr := conn.Close(); closeErr != nil {
+		t.Error(closeErr)
+	}
+	return err == nil
 }
