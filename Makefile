@@ -11,6 +11,8 @@ PKG ?= ./...
 FUZZTIME ?= 10s
 # Of one package's tests.
 TIMEOUT ?= 20m
+# The enumerations of crashes and faults take samples under the race detector; here they are whole.
+ENUMERATE = $(if $(filter ./... ./qcow ./qcow/...,$(PKG)),$(GO) test -timeout $(TIMEOUT) -json -run '^Test(Crash|Fault)' ./qcow,true)
 # A file of tests that must run, for `make test`; see test/summary.
 REQUIRED ?=
 VERSION ?= $(shell git describe --tags --always --dirty 2>/dev/null || echo dev)
@@ -42,7 +44,7 @@ demo: ## Drive a volume through its whole life over CSI, as kubelet does (root)
 test: ## Run every test with the race detector; as root with real mounts, QEMU and a virtual machine
 	@have=$$($(ENSURE) test); \
 	if [ "$$have" = all ] && [ "$$(id -u)" = 0 ]; then export QCOW_CSI_REQUIRE="$${QCOW_CSI_REQUIRE-all}"; fi; \
-	$(GO) test -race -timeout $(TIMEOUT) -json $(PKG) | $(GO) run ./test/summary -required '$(REQUIRED)'
+	{ $(GO) test -race -timeout $(TIMEOUT) -json $(PKG); $(ENUMERATE); } | $(GO) run ./test/summary -required '$(REQUIRED)'
 
 .PHONY: e2e-vm
 e2e-vm: ## Run the tests that need another kernel, in User Mode Linux

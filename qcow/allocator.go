@@ -9,9 +9,9 @@ import (
 	"github.com/qcow-csi/qcow-csi/qcow/format"
 )
 
-// firstReserve is how many bytes the reserve is filled with for the first time, if it may hold so much. Each later time it is
-// twice as much as before, up to the limit.
-const firstReserve = uint64(1 << 20)
+// firstReserve is how many clusters the reserve is filled with for the first time, if it may hold so many. Each later time it is
+// twice as many as before, up to the limit.
+const firstReserve = 16
 
 // allocator hands out host clusters from a reserve. For a cluster in the reserve three things are durable: its refcount is 1,
 // it reads as zeroes, and no table mentions it. So whoever takes one may write to any part of it and then

@@ -21,8 +21,7 @@ func (img *Image) lookup(off format.GuestOffset, n uint64) (mapping, error) {
 	g := img.geometry
 	table := img.l2Table(off)
 	if table == 0 {
-		left := g.L2Span() - uint64(off)&(g.L2Span()-1)
-		return mapping{kind: format.Unallocated, length: min(n, left)}, nil
+		return mapping{kind: format.Unallocated, length: min(n, img.l2Gap(off, n))}, nil
 	}
 	perSlice := img.tables.sliceSize / format.EntrySize
 	index := g.L2Index(off)
@@ -91,6 +90,18 @@ func (img *Image) l2Table(off format.GuestOffset) format.HostOffset {
 	img.l1mu.RLock()
 	defer img.l1mu.RUnlock()
 	return format.L1Entry(format.Entry(img.l1, i)).Offset()
+}
+
+// l2Gap returns how many bytes from off on have no L2 table, at least those of the first one that is missing and not many more than n.
+func (img *Image) l2Gap(off format.GuestOffset, n uint64) uint64 {
+	g := img.geometry
+	gap := g.L2Span() - uint64(off)&(g.L2Span()-1)
+	img.l1mu.RLock()
+	defer img.l1mu.RUnlock()
+	for i := g.L1Index(off) + 1; gap < n && format.L1Entry(format.Entry(img.l1, i)).Offset() == 0; i++ {
+		gap += g.L2Span()
+	}
+	return gap
 }
 
 // makeL2Table returns the L2 table for off, making it if there is none. Clusters of the reserve read as zeroes durably, so the table is

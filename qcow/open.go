@@ -59,7 +59,7 @@ func Open(f storage.File, o Options) (*Image, error) {
 	img.size.Store(int64(header.Size))
 	img.alloc.img = img
 	img.alloc.maxFill = max(uint64(o.ReserveBytes)>>header.ClusterBits, 1)
-	img.alloc.nextFill = min(max(firstReserve>>header.ClusterBits, 1), img.alloc.maxFill)
+	img.alloc.nextFill = min(firstReserve, img.alloc.maxFill)
 	img.alloc.end.Store(img.geometry.ClustersFor(uint64(size)))
 	img.alloc.counts = refcounts{img: img, offset: header.RefcountTableOffset}
 	if err := img.loadTables(uint64(size)); err != nil {

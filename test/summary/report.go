@@ -77,6 +77,9 @@ func (r *report) add(e event) {
 			return
 		}
 		delete(r.open, n)
+		if r.result[n] == "fail" { // in an earlier one of several runs
+			return
+		}
 		r.result[n] = e.Action
 		if e.Action == "pass" {
 			delete(r.output, n)
