@@ -49,7 +49,7 @@ test: ## Run every test with the race detector; as root with real mounts, QEMU a
 .PHONY: e2e-vm
 e2e-vm: ## Run the tests that need another kernel, in User Mode Linux
 	@$(ENSURE) test >/dev/null
-	QCOW_CSI_REQUIRE=all $(GO) test -count=1 -timeout $(TIMEOUT) -v -run Guest ./driver/mount
+	QCOW_CSI_REQUIRE=all $(GO) test -count=1 -timeout $(TIMEOUT) -v -run '^TestInGuest$$' ./driver/mount
 	QCOW_CSI_REQUIRE=all $(GO) test -count=1 -timeout $(TIMEOUT) -v ./test/vm/...
 
 .PHONY: crash-long

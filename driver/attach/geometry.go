@@ -54,7 +54,8 @@ func (r Request) Geometry() (Geometry, error) {
 // CheckSize returns ErrInvalid unless a device with these blocks can be size bytes long.
 func (g Geometry) CheckSize(size int64) error {
 	if size <= 0 || size%int64(g.BlockSize) != 0 {
-		return fmt.Errorf("%w: a device cannot be %d bytes long: it has blocks of %d bytes, and at least one", ErrInvalid, size, g.BlockSize)
+		return fmt.Errorf("%w: a device cannot be %d bytes long: it has blocks of %d bytes, and at least one",
+			ErrInvalid, size, g.BlockSize)
 	}
 	return nil
 }

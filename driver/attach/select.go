@@ -10,9 +10,10 @@ import (
 // Auto is the name by which Select takes the first attacher that this kernel can do.
 const Auto = "auto"
 
-// Select returns the candidate called name, or with Auto the first one that can be used, and the reason for the choice, in
-// words for a log. It fails with ErrUnavailable, saying of each what it lacks, when none can be used, and with ErrInvalid when
-// no candidate has that name. The caller closes the candidates that were not taken, if they need it.
+// Select returns the candidate called name, or with Auto the first one that can be used, and the reason for the
+// choice, in words for a log. It fails with ErrUnavailable, saying of each what it lacks, when none can be used, and
+// with ErrInvalid when no candidate has that name. The caller closes the candidates that were not taken, if they need
+// it.
 func Select(ctx context.Context, name string, candidates ...Attacher) (taken Attacher, reason string, err error) {
 	var (
 		names   []string
@@ -37,7 +38,8 @@ func Select(ctx context.Context, name string, candidates ...Attacher) (taken Att
 		}
 	}
 	if len(refused) == 0 {
-		return nil, "", fmt.Errorf("%w: no attacher is called %q: want %s or one of %s", ErrInvalid, name, Auto, strings.Join(names, ", "))
+		return nil, "", fmt.Errorf("%w: no attacher is called %q: want %s or one of %s",
+			ErrInvalid, name, Auto, strings.Join(names, ", "))
 	}
 	return nil, "", errors.Join(refused...)
 }

@@ -39,8 +39,8 @@ type Guest struct {
 	Timeout time.Duration // of the guest, from its start to its end; 0 means 2 minutes
 }
 
-// Run runs the tests of g.Package in a guest, and fails t unless they pass. It skips t where there is no User Mode Linux. It
-// returns what the guest printed.
+// Run runs the tests of g.Package in a guest, and fails t unless they pass. It skips t where there is no User Mode
+// Linux. It returns what the guest printed.
 func Run(t *testing.T, g Guest) (console string) {
 	t.Helper()
 	require.Tool(t, kernel, "go")

@@ -59,7 +59,8 @@ func (k *Kernel) Backend(path string) (nbdexport.Backend, bool) {
 
 // Attacher is one process's fake. Fail is to be set before the attacher is used.
 type Attacher struct {
-	// Fail, if set, is asked before every operation ("probe", "attach", "detach", "resize", "list"), and may make it fail.
+	// Fail, if set, is asked before every operation ("probe", "attach", "detach", "resize", "list"), and may make it
+	// fail.
 	Fail func(operation, volumeID string) error
 
 	kernel *Kernel

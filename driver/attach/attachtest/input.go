@@ -503,13 +503,18 @@ func outlivesContext(r *rig) {
 func gone(r *rig) {
 	b := NewBackend(r, deviceSize)
 	d := r.attach("v", b)
+	fd := r.open(d.Path, unix.O_RDWR)
+	secret, got := r.bytes(4096), make([]byte, 4096)
+	r.pwrite(fd, secret, 0)
+	r.close(fd)
 	r.detach("v", b)
 	fd, err := unix.Open(d.Path, unix.O_RDONLY|unix.O_CLOEXEC, 0)
 	if err != nil {
 		return // no such device any more
 	}
-	if n, err := unix.Pread(fd, make([]byte, 512), 0); n != 0 {
-		r.Errorf("read %d bytes (%v) from a detached device", n, err)
+	// It has no data any more, or others have made it theirs.
+	if n, err := unix.Pread(fd, got, 0); bytes.Equal(got, secret) {
+		r.Errorf("read %d bytes (%v) of the volume from its detached device", n, err)
 	}
 	r.close(fd)
 }

@@ -15,8 +15,8 @@ import (
 	"github.com/qcow-csi/qcow-csi/driver/attach"
 )
 
-// In the environment, playVariable makes a test binary play a process that is killed, in one of two ways, and ownerVariable
-// says for whom.
+// In the environment, playVariable makes a test binary play a process that is killed, in one of two ways, and
+// ownerVariable says for whom.
 const (
 	ownerVariable = "ATTACHTEST_OWNER"
 	playVariable  = "ATTACHTEST_PLAY"

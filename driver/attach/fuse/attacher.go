@@ -51,8 +51,8 @@ func (a *Attacher) Probe(ctx context.Context) error {
 		}
 		loadErr := kmod.Load(ctx, part.module)
 		if err := part.check(); err != nil {
-			return fmt.Errorf("%w: it takes Linux 5.8 with the drivers fuse and loop, CAP_SYS_ADMIN and, in a container, the host's /dev (%w)",
-				attach.ErrUnavailable, errors.Join(err, loadErr))
+			return fmt.Errorf("%w: it takes Linux 5.8 with the drivers fuse and loop, CAP_SYS_ADMIN and, in a container, "+
+				"the host's /dev (%w)", attach.ErrUnavailable, errors.Join(err, loadErr))
 		}
 	}
 	return nil
@@ -67,7 +67,8 @@ func checkFUSE() error {
 	return errors.Join(c.root.Close(), unix.Close(c.device))
 }
 
-// checkLoop asks a free loop device for a file that does not exist: a kernel that can do what we need objects to the file.
+// checkLoop asks a free loop device for a file that does not exist: a kernel that can do what we need objects to the
+// file.
 func checkLoop() error {
 	number, err := freeLoop()
 	if err != nil {
@@ -150,13 +151,16 @@ func (a *Attacher) Detach(ctx context.Context, volumeID string) error {
 	if !isServed {
 		return nil
 	}
+	if err := closeExport(d.export); err != nil {
+		return fmt.Errorf("detach volume %q: %w", volumeID, err)
+	}
 	a.devices.Delete(volumeID)
-	return closeExport(d.export)
+	return nil
 }
 
 // remove takes the file from a loop device, after flushing it if that is wanted.
 func (a *Attacher) remove(ctx context.Context, l loop, flush bool) error {
-	if _, err := removeTask.Run(ctx, removeJob{l.path, flush}); err != nil {
+	if _, err := removeTask.Run(ctx, removeJob{a.owner, l.volumeID, l.path, flush}); err != nil {
 		return err
 	}
 	ctx, cancel := context.WithTimeout(ctx, patience)

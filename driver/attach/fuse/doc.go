@@ -6,13 +6,14 @@
 //	pod I/O -> /dev/loopN -> file of a FUSE mount -> this process -> nbdexport.Backend
 //
 // Every device has a FUSE mount of its own, which holds one file. The mount is never put anywhere in the tree of
-// directories: it exists as a file descriptor only, long enough to open the file in it, and after that because the loop
-// device has the file open. So nobody can read a volume around its device, nothing that walks over the node's mounts can
-// hang on it, and nothing is left to clean up: when the loop device lets go of the file, the mount goes away, the kernel ends
-// the connection, and the server returns. When this process dies, the kernel ends the connection too.
+// directories: there is a file descriptor for it in this process, and there is the file, which the loop device has
+// open. So nobody can read a volume around its device, nothing that walks over the node's mounts can hang on it, and
+// nothing is left to clean up: when both are closed the mount goes away, the kernel ends the connection, and the
+// server returns. When this process dies, the kernel ends the connection too.
 //
-// The file is named by its [attach.Tag], escaped as in a URL. The kernel shows it in /sys/block/loopN/loop/backing_file, and
-// that is how List and Detach, in this process or a later one, know their devices; losetup shows it to people.
+// The file is named by its [attach.Tag], escaped as in a URL. The kernel shows it in
+// /sys/block/loopN/loop/backing_file, and that is how List and Detach, in this process or a later one, know their
+// devices; losetup shows it to people.
 //
 // What waits for the server, which is opening the file, configuring the loop device, flushing and clearing it, is done by
 // assistant processes. Who uses this package keeps to the same rule: no I/O from this process to a device that it
@@ -36,13 +37,13 @@
 //
 // # Limits
 //
-//   - The death of this process is an I/O error for whatever is mounted: the kernel drops the connection with it, and there is no
-//     handing it over. Such volumes are to be unstaged and staged again. (attach/nbd holds the I/O instead.)
+//   - The death of this process is an I/O error for whatever is mounted: the kernel drops the connection with it, and there
+//     is no handing it over. Such volumes are to be unstaged and staged again. (attach/nbd holds the I/O instead.)
 //   - A flush holds back writes that arrive while it runs, and so does a discard: the kernel takes the file's lock for both.
 //   - A discard that covers part of a cluster writes zeroes there. The granularity that the device announces, the backend's
 //     preferred block, makes filesystems leave such pieces out.
-//   - Under extreme memory pressure the kernel may wait for this process to write dirty pages of its own device, while the process waits
-//     for memory. Give it a memory limit with room, and no swap on such a device.
+//   - Under extreme memory pressure the kernel may wait for this process to write dirty pages of its own device, while the
+//     process waits for memory. Give it a memory limit with room, and no swap on such a device.
 //   - The data passes through two drivers: more CPU per request than attach/nbd.
 //
 // It takes Linux 5.8 (LOOP_CONFIGURE), the drivers fuse and loop, and CAP_SYS_ADMIN; in a container also the host's /dev.

@@ -64,7 +64,8 @@ func newExport(ctx context.Context, name string, backend nbdexport.Backend, g at
 		return nil, err
 	}
 	e.number, e.root = c.number, c.root
-	// A "mount point" of this form says that the mount exists and which descriptor is the server's end. The server owns it now.
+	// A "mount point" of this form says that the mount exists, and which descriptor is the server's end: the server's
+	// from now on.
 	e.server, err = fuse.NewServer(e, "/dev/fd/"+strconv.Itoa(c.device), &fuse.MountOptions{
 		MaxBackground:     maxInFlight,
 		MaxWrite:          maxRequest,
@@ -93,20 +94,22 @@ func (e *export) alive() bool {
 	}
 }
 
-// close lets go of the mount and returns when the backend is no longer used. The loop device has let go of the file
+// close lets go of the mount and returns nil when the backend is no longer used. The loop device has let go of the file
 // before; should it still have it when ctx ends, it loses its server.
 func (e *export) close(ctx context.Context) error {
-	err := e.root.Close()
+	if err := e.root.Close(); err != nil && !errors.Is(err, os.ErrClosed) {
+		return err
+	}
 	select {
 	case <-e.ended:
-		return err
+		return nil
 	case <-ctx.Done():
 	}
-	if abortErr := abort(e.number); abortErr != nil {
-		return errors.Join(err, abortErr)
+	if err := abort(e.number); err != nil {
+		return err
 	}
 	<-e.ended
-	return err
+	return nil
 }
 
 // status is the answer for a request that failed with err or, when err is nil, succeeded.

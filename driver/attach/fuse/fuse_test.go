@@ -14,6 +14,7 @@ import (
 	"github.com/qcow-csi/qcow-csi/driver/attach"
 	"github.com/qcow-csi/qcow-csi/driver/attach/attachtest"
 	"github.com/qcow-csi/qcow-csi/driver/attach/fuse"
+	"github.com/qcow-csi/qcow-csi/nbdexport"
 	"github.com/qcow-csi/qcow-csi/test/require"
 )
 
@@ -38,11 +39,12 @@ func TestConformance(t *testing.T) {
 }
 
 // attachOne attaches a volume for the length of the test.
-func attachOne(t *testing.T) (*attachtest.Backend, attach.Device) {
+func attachOne(t *testing.T, preferred uint32) (*attachtest.Backend, attach.Device) {
 	t.Helper()
 	needsKernel(t)
 	a := newAttacher(owner)
 	b := attachtest.NewBackend(t, 4<<20)
+	b.Describe(nbdexport.Info{PreferredBlock: preferred})
 	d, err := a.Attach(t.Context(), attach.Request{VolumeID: "v", Backend: b})
 	if err != nil {
 		t.Fatal(err)
@@ -56,13 +58,13 @@ func attachOne(t *testing.T) (*attachtest.Backend, attach.Device) {
 }
 
 func TestMountIsNowhere(t *testing.T) {
-	_, d := attachOne(t)
+	_, d := attachOne(t, 0)
 	mounts, err := os.ReadFile("/proc/self/mountinfo")
 	if err != nil {
 		t.Fatal(err)
 	}
 	for line := range strings.Lines(string(mounts)) {
-		if strings.Contains(line, "qcow-csi") {
+		if strings.Contains(line, " - fuse qcow-csi ") {
 			t.Errorf("in the mount table: %s", line)
 		}
 	}
@@ -73,7 +75,7 @@ func TestMountIsNowhere(t *testing.T) {
 }
 
 func TestNoSpaceIsNoSpace(t *testing.T) {
-	b, d := attachOne(t)
+	b, d := attachOne(t, 0)
 	b.Fail(func(op attachtest.Op, _ int64) error {
 		if op == attachtest.Write {
 			return syscall.ENOSPC
@@ -96,13 +98,13 @@ func TestNoSpaceIsNoSpace(t *testing.T) {
 // TestDirectIO looks at what the design rests on: the page cache of the file stays out of it, and discards are as
 // coarse as the backend likes them.
 func TestDirectIO(t *testing.T) {
-	_, d := attachOne(t)
+	_, d := attachOne(t, 2<<20)
 	dir := "/sys/block/" + strings.TrimPrefix(d.Path, "/dev/")
 	for file, want := range map[string]string{
 		"/loop/dio":                  "1",
 		"/loop/autoclear":            "0",
 		"/loop/partscan":             "0",
-		"/queue/discard_granularity": "4096",
+		"/queue/discard_granularity": "2097152",
 		"/queue/logical_block_size":  "512",
 		"/queue/write_cache":         "write back",
 	} {

@@ -1,6 +1,7 @@
 package fuse
 
 import (
+	"errors"
 	"fmt"
 	"os"
 	"testing"
@@ -26,17 +27,34 @@ func needsKernel(t *testing.T) *Attacher {
 	return a
 }
 
+// holdFreeLoop claims a loop device that has no file.
+func holdFreeLoop(t *testing.T) (number int, held *blockdev.Device) {
+	t.Helper()
+	for {
+		number, err := freeLoop()
+		if err != nil {
+			t.Fatal(err)
+		}
+		held, err := blockdev.Claim(loopPath(number))
+		if errors.Is(err, attach.ErrBusy) {
+			continue // others look for free devices, too
+		}
+		if err != nil {
+			t.Fatal(err)
+		}
+		if again, err := freeLoop(); err == nil && again == number {
+			return number, held
+		}
+		if err := held.Close(); err != nil {
+			t.Fatal(err)
+		}
+	}
+}
+
 // TestLoopHeldByOthers: a loop device without a file is not free when somebody holds it.
 func TestLoopHeldByOthers(t *testing.T) {
 	a := needsKernel(t)
-	number, err := freeLoop()
-	if err != nil {
-		t.Fatal(err)
-	}
-	held, err := blockdev.Claim(loopPath(number))
-	if err != nil {
-		t.Fatal(err)
-	}
+	number, held := holdFreeLoop(t)
 	d, err := a.Attach(t.Context(), attach.Request{VolumeID: "v", Backend: attachtest.NewBackend(t, 1<<20)})
 	if err != nil {
 		t.Errorf("attach: %v", err)

@@ -150,11 +150,12 @@ func grow(ctx context.Context, j growJob) (_ none, err error) {
 }
 
 type removeJob struct {
-	Path  string
-	Flush bool // before that
+	Owner, VolumeID string
+	Path            string
+	Flush           bool // before that
 }
 
-// remove takes the file from a loop device.
+// remove takes the volume's file from a loop device.
 func remove(ctx context.Context, j removeJob) (none, error) {
 	ctx, cancel := context.WithTimeoutCause(ctx, settling, attach.ErrBusy)
 	defer cancel()
@@ -166,15 +167,23 @@ func remove(ctx context.Context, j removeJob) (none, error) {
 		if err != nil {
 			return false, err
 		}
-		cleared := false
-		if j.Flush {
-			err = d.Sync()
-		}
-		if err == nil {
-			cleared, err = clearLoop(d)
-		}
-		return cleared, errors.Join(err, d.Close())
+		removed, err := j.removeFrom(d)
+		return removed, errors.Join(err, d.Close())
 	})
+}
+
+// removeFrom returns false when the device is open elsewhere. d claims it: nobody gives it another file meanwhile.
+func (j removeJob) removeFrom(d *blockdev.Device) (removed bool, err error) {
+	l, found, err := findLoop(j.Owner, j.VolumeID)
+	if err != nil || !found || l.path != j.Path {
+		return err == nil, err // somebody else took the file away
+	}
+	if j.Flush {
+		if err := d.Sync(); err != nil {
+			return false, err
+		}
+	}
+	return clearLoop(d)
 }
 
 // clearLoop takes the file from the loop device. The claim on the device says that nobody has it mounted. Whoever merely

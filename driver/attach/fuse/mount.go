@@ -41,8 +41,8 @@ func connect() (connection, error) {
 	return connection{device, root, st.Dev_minor}, nil
 }
 
-// abort makes the kernel end the connection with this number. Whoever waits for an answer gets an error, and the server an
-// end of requests. A connection that has ended already is fine.
+// abort makes the kernel end the connection with this number. Whoever waits for an answer gets an error, and the
+// server an end of requests. A connection that has ended already is fine.
 func abort(number uint32) error {
 	control, err := newMount("fusectl")
 	if err != nil {

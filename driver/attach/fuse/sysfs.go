@@ -77,8 +77,8 @@ func isGone(err error) bool { return errors.Is(err, fs.ErrNotExist) || errors.Is
 // fileName is the name of the file for a volume.
 func fileName(owner, volumeID string) string { return url.PathEscape(attach.Tag(owner, volumeID)) }
 
-// volumeOfFile is the volume that a backing file, as sysfs words it, belongs to. Files of ours stand in the root of a mount
-// that is attached nowhere, which the kernel shows as a path of one element.
+// volumeOfFile is the volume that a backing file, as sysfs words it, belongs to. Files of ours stand in the root of a
+// mount that is attached nowhere, which the kernel shows as a path of one element.
 func volumeOfFile(owner, backingFile string) (string, bool) {
 	name, ok := strings.CutPrefix(backingFile, "/")
 	if !ok || strings.Contains(name, "/") {

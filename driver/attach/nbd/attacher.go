@@ -22,12 +22,12 @@ import (
 type Options struct {
 	// Owner is whose devices they are: the driver's name. Attachers with other owners see nothing of them.
 	Owner string
-	// RequestTimeout is how long the kernel waits for the answer to a request before it gives the connection up and sends
-	// the request again on the next one; in whole seconds, rounded up; 0 means 30 s. It bounds the stall after the connection was
-	// lost, and the slowness of storage that goes unpunished.
+	// RequestTimeout is how long the kernel waits for the answer to a request before it gives the connection up and
+	// sends the request again on the next one; in whole seconds, rounded up; 0 means 30 s. It bounds the stall after
+	// the connection was lost, and the slowness of storage that goes unpunished.
 	RequestTimeout time.Duration
-	// DeadConnTimeout is how long a device waits for a new connection before its I/O fails; in whole seconds, rounded up; 0
-	// means 60 s.
+	// DeadConnTimeout is how long a device waits for a new connection before its I/O fails; in whole seconds, rounded
+	// up; 0 means 60 s.
 	DeadConnTimeout time.Duration
 }
 
@@ -51,7 +51,13 @@ func New(o Options) *Attacher {
 	if o.DeadConnTimeout == 0 {
 		o.DeadConnTimeout = 60 * time.Second
 	}
-	return &Attacher{options: o, kernel: newClient(), sysfs: "/sys/block", mountinfo: "/proc/self/mountinfo", patience: 10 * time.Second}
+	return &Attacher{
+		options:   o,
+		kernel:    newClient(),
+		sysfs:     systemDisks,
+		mountinfo: "/proc/self/mountinfo",
+		patience:  10 * time.Second,
+	}
 }
 
 // Name returns "nbd".
@@ -71,10 +77,12 @@ func (a *Attacher) Probe(ctx context.Context) error {
 	if a.kernel.available() == nil {
 		return nil
 	}
-	if err == nil {
-		return fmt.Errorf("%w: the kernel's NBD client shows in the initial network namespace only: the pod needs host networking", attach.ErrUnavailable)
+	if _, statErr := os.Stat("/sys/module/nbd"); statErr == nil {
+		return fmt.Errorf("%w: the kernel's NBD client shows in the initial network namespace only: "+
+			"the pod needs host networking", attach.ErrUnavailable)
 	}
-	return fmt.Errorf("%w: the kernel has no NBD client: load the module nbd on the node, or install a kernel that has it (%w)", attach.ErrUnavailable, err)
+	return fmt.Errorf("%w: the kernel has no NBD client: load the module nbd on the node, or install a kernel that has it (%w)",
+		attach.ErrUnavailable, err)
 }
 
 // Attach implements [attach.Attacher].
@@ -123,7 +131,8 @@ func (a *Attacher) setUp(ctx context.Context, r attach.Request, g attach.Geometr
 		deadConnTimeout: a.options.DeadConnTimeout,
 		socket:          int(theirs.Fd()),
 	})
-	if err := errors.Join(err, theirs.Close()); err != nil {
+	_ = theirs.Close() // the kernel has its own reference, if it has accepted the socket
+	if err != nil {
 		return nil, errors.Join(err, ours.Close())
 	}
 	d := newDevice(ctx, a, index, tag, r.Backend, g)
@@ -171,7 +180,7 @@ func (a *Attacher) Detach(ctx context.Context, volumeID string) error {
 	d, isServed := a.devices.Get(volumeID)
 	if exists {
 		if isServed && d.alive() {
-			_, err = tearDownTask.Run(ctx, tearDownJob{found.path(), found.index})
+			_, err = tearDownTask.Run(ctx, tearDownJob{a.options.Owner, volumeID, found.index})
 		} else {
 			err = a.tearDownDead(found)
 		}
@@ -197,18 +206,24 @@ var tearDownTask = assistant.New("nbd-tear-down", tearDown)
 type none struct{}
 
 type tearDownJob struct {
-	Path  string
-	Index uint32
+	Owner, VolumeID string
+	Index           uint32
 }
 
-// tearDown disconnects a device that is served, after flushing it, and keeps everybody from mounting it meanwhile.
+// tearDown disconnects the device of a volume that is served, after flushing it, and keeps everybody from mounting it
+// meanwhile.
 func tearDown(_ context.Context, j tearDownJob) (_ none, err error) {
-	claim, err := blockdev.Claim(j.Path)
+	claim, err := blockdev.Claim(devicePath(j.Index))
 	if err != nil {
 		return none{}, err
 	}
-	// The kernel drops the device when the last descriptor is closed, this one at the latest.
+	// The kernel drops the device when the last descriptor is closed, this one at the latest. Until then nobody else
+	// gets the number.
 	defer func() { err = errors.Join(err, claim.Close()) }()
+	found, exists, err := systemDisks.find(j.Owner, j.VolumeID)
+	if err != nil || !exists || found.index != j.Index {
+		return none{}, err // somebody else has disconnected it
+	}
 	if err := claim.Sync(); err != nil {
 		return none{}, err
 	}

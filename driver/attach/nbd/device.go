@@ -5,7 +5,6 @@ import (
 	"errors"
 	"net"
 	"os"
-	"strconv"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -48,8 +47,8 @@ func newDevice(ctx context.Context, a *Attacher, index uint32, tag string, b nbd
 	return d
 }
 
-func (d *device) name() string { return "nbd" + strconv.FormatUint(uint64(d.index), 10) }
-func (d *device) path() string { return "/dev/" + d.name() }
+func (d *device) name() string { return deviceName(d.index) }
+func (d *device) path() string { return devicePath(d.index) }
 
 // alive tells whether the device is being served.
 func (d *device) alive() bool {
@@ -95,8 +94,8 @@ func (d *device) serve(conn net.Conn) {
 	}
 }
 
-// reconnect hands the kernel the other end of a new connection. It takes a moment until the kernel sees that the old one is
-// dead; before that it refuses new ones, or seems to take them and drops them.
+// reconnect hands the kernel the other end of a new connection. It takes a moment until the kernel sees that the old
+// one is dead; before that it refuses new ones, or seems to take them and drops them.
 func (d *device) reconnect() (net.Conn, error) {
 	ctx, cancel := context.WithTimeout(d.ctx, d.lifetime)
 	defer cancel()

@@ -23,7 +23,7 @@ import (
 )
 
 func newAttacher(owner string) attach.Attacher {
-	return New(Options{Owner: owner, RequestTimeout: 5 * time.Second, DeadConnTimeout: time.Second})
+	return New(Options{Owner: owner, DeadConnTimeout: time.Second}) // a lost device fails soon
 }
 
 func TestMain(m *testing.M) { os.Exit(attachtest.Main(m, newAttacher)) }
@@ -145,8 +145,8 @@ func TestReconnect(t *testing.T) {
 	_ = unix.Close(fd)
 }
 
-// TestBoundedStall has a backend hang for longer than the kernel holds I/O back: then I/O fails, but nothing hangs, and the
-// device can be detached.
+// TestBoundedStall has a backend hang for longer than the kernel holds I/O back: then I/O fails, but nothing hangs,
+// and the device can be detached.
 func TestBoundedStall(t *testing.T) {
 	r := newRig(t, Options{RequestTimeout: time.Second, DeadConnTimeout: time.Second})
 	fd := r.open(unix.O_RDONLY | unix.O_DIRECT)

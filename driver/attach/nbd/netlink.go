@@ -52,7 +52,8 @@ type export struct {
 	socket          int // file descriptor; the kernel takes a reference of its own
 }
 
-// available returns an error that matches fs.ErrNotExist where the kernel, as this network namespace sees it, has no such family.
+// available returns an error that matches fs.ErrNotExist where the kernel, as this network namespace sees it, has no
+// such family.
 func (c client) available() error {
 	return c.do(func(*genetlink.Conn, genetlink.Family) error { return nil })
 }
@@ -86,8 +87,8 @@ func (c client) connect(e export) (index uint32, err error) {
 	return 0, errors.New("nbd: the kernel does not say which device it has set up")
 }
 
-// reconnect hands the kernel a new socket in place of a dead one. While the kernel has not noticed that the old one is dead
-// it refuses, or ignores the new one, of which it then closes its end.
+// reconnect hands the kernel a new socket in place of a dead one. While the kernel has not noticed that the old one
+// is dead it refuses, or ignores the new one, of which it then closes its end.
 func (c client) reconnect(index uint32, backend string, socket int) error {
 	attributes := netlink.NewAttributeEncoder()
 	attributes.Uint32(attrIndex, index)
@@ -128,7 +129,9 @@ func sockets(fd int) func(*netlink.AttributeEncoder) error {
 func seconds(d time.Duration) uint64 { return uint64((d + time.Second - 1) / time.Second) }
 
 // execute sends a command and returns the answers.
-func (c client) execute(command uint8, attributes *netlink.AttributeEncoder, flags netlink.HeaderFlags) (replies []genetlink.Message, err error) {
+func (c client) execute(
+	command uint8, attributes *netlink.AttributeEncoder, flags netlink.HeaderFlags,
+) (replies []genetlink.Message, err error) {
 	data, err := attributes.Encode()
 	if err != nil {
 		return nil, err
@@ -141,12 +144,12 @@ func (c client) execute(command uint8, attributes *netlink.AttributeEncoder, fla
 	return replies, err
 }
 
-func (c client) do(f func(*genetlink.Conn, genetlink.Family) error) (err error) {
+func (c client) do(f func(*genetlink.Conn, genetlink.Family) error) error {
 	conn, err := c.dial()
 	if err != nil {
 		return fmt.Errorf("open a netlink socket: %w", err)
 	}
-	defer func() { err = errors.Join(err, conn.Close()) }()
+	defer conn.Close() //nolint:errcheck // says nothing about what the kernel has done
 	family, err := conn.GetFamily(familyName)
 	if err != nil {
 		return fmt.Errorf("netlink family %s: %w", familyName, err)

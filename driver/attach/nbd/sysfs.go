@@ -17,6 +17,14 @@ import (
 // sysfs reads what the kernel shows of its block devices. Its value is the directory, usually /sys/block.
 type sysfs string
 
+// systemDisks is where the kernel shows them.
+const systemDisks sysfs = "/sys/block"
+
+// deviceName is what the kernel calls the device with this number.
+func deviceName(index uint32) string { return "nbd" + strconv.FormatUint(uint64(index), 10) }
+
+func devicePath(index uint32) string { return "/dev/" + deviceName(index) }
+
 // disk is an NBD device of ours.
 type disk struct {
 	index    uint32
@@ -25,7 +33,7 @@ type disk struct {
 	size     int64 // bytes
 }
 
-func (d disk) path() string { return "/dev/" + d.name }
+func (d disk) path() string { return devicePath(d.index) }
 
 // disks returns the devices of owner. A device that is being set up or torn down at the moment may be missing.
 func (s sysfs) disks(owner string) ([]disk, error) {
@@ -83,8 +91,8 @@ func (s sysfs) deviceNumber(name string) (uint64, error) {
 	return parseDeviceNumber(strings.TrimSpace(string(raw)))
 }
 
-// user returns what uses the device or a partition of it, in words, and "" when nothing does. It does not open the device.
-// mountinfo is the mount table, in the form of proc(5).
+// user returns what uses the device or a partition of it, in words, and "" when nothing does. It does not open the
+// device. mountinfo is the mount table, in the form of proc(5).
 func (s sysfs) user(name string, mountinfo string) (string, error) {
 	dirs, err := filepath.Glob(filepath.Join(string(s), name, name+"p*"))
 	if err != nil {

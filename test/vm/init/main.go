@@ -33,8 +33,8 @@ func main() {
 }
 
 func run(dir string) error {
-	// The root is the host's, read-only. All that the guest can change of the host is below dir, which gets a mount of its
-	// own, on top of a fresh /tmp.
+	// The root is the host's, read-only. All that the guest can change of the host is below dir, which gets a mount
+	// of its own, on top of a fresh /tmp.
 	for _, m := range []struct{ fstype, target, data string }{
 		{"proc", "/proc", ""},
 		{"sysfs", "/sys", ""},

@@ -1,10 +1,10 @@
 // Package assistant does in a process of its own what this process must not do itself: wait for a device that it serves.
 //
-// A thread that waits for I/O to a device, or for a file of a FUSE mount, cannot be killed. If the device is served by the same
-// process, that is a trap: when the process is killed, nobody answers any more, the thread does not die, and
-// the kernel, which would end the waiting once the server is dead, regards the process as alive until its last thread
-// has gone. So flushing, opening and the like is a [Task], carried out by this program once more, as a short-lived
-// child. When the server is killed, its assistants get an error, and end too.
+// A thread that waits for I/O to a device, or for a file of a FUSE mount, cannot be killed. If the device is served
+// by the same process, that is a trap: when the process is killed, nobody answers any more, the thread does not die,
+// and the kernel, which would end the waiting once the server is dead, regards the process as alive until its last
+// thread has gone. So flushing, opening and the like is a [Task], carried out by this program once more, as a
+// short-lived child. When the server is killed, its assistants get an error, and end too.
 //
 // A task is the value of a package's variable. A process that was started as an assistant carries out its task when the
 // variable is initialized, and never gets as far as main.
@@ -41,7 +41,8 @@ type report[Result any] struct {
 	Error  string // "" for none
 }
 
-// New returns the task with this name, unique in the program. In an assistant that was started for it New does not return.
+// New returns the task with this name, unique in the program. In an assistant that was started for it New does not
+// return.
 func New[Job, Result any](name string, do func(context.Context, Job) (Result, error)) Task[Job, Result] {
 	if len(os.Args) == 2 && os.Args[0] == argv0 && os.Args[1] == name {
 		status := 0

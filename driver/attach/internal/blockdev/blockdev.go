@@ -23,8 +23,9 @@ type Device struct {
 	fd   int
 }
 
-// Open opens the device without excluding anybody. The node is opened for reading only: that is enough for every ioctl, and
-// a descriptor that was open for writing would be reported to others (udev probes the device anew) when it closes.
+// Open opens the device without excluding anybody. The node is opened for reading only: that is enough for every
+// ioctl, and a descriptor that was open for writing would be reported to others (udev probes the device anew) when it
+// closes.
 func Open(path string) (*Device, error) { return open(path, 0) }
 
 // Claim opens the device and keeps it from being mounted or becoming part of another device for as long as it is open. It
@@ -64,7 +65,8 @@ func (d *Device) Sync() error {
 // Size returns the length of the device in bytes.
 func (d *Device) Size() (int64, error) {
 	var size uint64
-	if _, _, errno := unix.Syscall(unix.SYS_IOCTL, uintptr(d.fd), unix.BLKGETSIZE64, uintptr(unsafe.Pointer(&size))); errno != 0 {
+	_, _, errno := unix.Syscall(unix.SYS_IOCTL, uintptr(d.fd), unix.BLKGETSIZE64, uintptr(unsafe.Pointer(&size)))
+	if errno != 0 {
 		return 0, &os.PathError{Op: "measure", Path: d.path, Err: errno}
 	}
 	return int64(size), nil
@@ -78,7 +80,8 @@ func (d *Device) Close() error {
 	return nil
 }
 
-// Await asks condition, first at once and then in growing steps of up to 50 ms, until it is true or fails, or until ctx ends.
+// Await asks condition, first at once and then in growing steps of up to 50 ms, until it is true or fails, or until
+// ctx ends.
 func Await(ctx context.Context, what string, condition func() (bool, error)) error {
 	const longest = 50 * time.Millisecond
 	for pause := time.Millisecond; ; pause = min(2*pause, longest) {
