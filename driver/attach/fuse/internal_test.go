@@ -1,7 +1,6 @@
 package fuse
 
 import (
-	"errors"
 	"fmt"
 	"os"
 	"testing"
@@ -35,16 +34,14 @@ func holdFreeLoop(t *testing.T) (number int, held *blockdev.Device) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		held, err := blockdev.Claim(loopPath(number))
-		if errors.Is(err, attach.ErrBusy) {
-			continue // others look for free devices, too
-		}
+		held, err := blockdev.Claim(t.Context(), loopPath(number))
 		if err != nil {
 			t.Fatal(err)
 		}
 		if again, err := freeLoop(); err == nil && again == number {
 			return number, held
 		}
+		// Others look for free devices, too.
 		if err := held.Close(); err != nil {
 			t.Fatal(err)
 		}

@@ -16,14 +16,10 @@ import (
 	"github.com/qcow-csi/qcow-csi/driver/attach/internal/blockdev"
 )
 
-const (
-	// patience is how long an operation waits for what the kernel does within milliseconds when all is well.
-	patience = 10 * time.Second
-	// settling is how long Detach waits for others to close the device. udev opens it for a moment after every change.
-	settling = 2 * time.Second
+// patience is how long an operation waits for what the kernel does within milliseconds when all is well.
+const patience = 10 * time.Second
 
-	loopControl = "/dev/loop-control"
-)
+const loopControl = "/dev/loop-control"
 
 func loopPath(number int) string { return "/dev/loop" + strconv.Itoa(number) }
 
@@ -157,13 +153,10 @@ type removeJob struct {
 
 // remove takes the volume's file from a loop device.
 func remove(ctx context.Context, j removeJob) (none, error) {
-	ctx, cancel := context.WithTimeoutCause(ctx, settling, attach.ErrBusy)
+	ctx, cancel := blockdev.Settle(ctx)
 	defer cancel()
 	return none{}, blockdev.Await(ctx, j.Path+" to be closed by everybody else", func() (bool, error) {
-		d, err := blockdev.Claim(j.Path)
-		if errors.Is(err, attach.ErrBusy) && !j.Flush {
-			return false, nil // it may be the assistant of the process that has left the device, which is about to end
-		}
+		d, err := blockdev.Claim(ctx, j.Path)
 		if err != nil {
 			return false, err
 		}

@@ -212,8 +212,10 @@ type tearDownJob struct {
 
 // tearDown disconnects the device of a volume that is served, after flushing it, and keeps everybody from mounting it
 // meanwhile.
-func tearDown(_ context.Context, j tearDownJob) (_ none, err error) {
-	claim, err := blockdev.Claim(devicePath(j.Index))
+func tearDown(ctx context.Context, j tearDownJob) (_ none, err error) {
+	ctx, cancel := blockdev.Settle(ctx)
+	defer cancel()
+	claim, err := blockdev.Claim(ctx, devicePath(j.Index))
 	if err != nil {
 		return none{}, err
 	}

@@ -28,16 +28,30 @@ type Device struct {
 // closes.
 func Open(path string) (*Device, error) { return open(path, 0) }
 
-// Claim opens the device and keeps it from being mounted or becoming part of another device for as long as it is open. It
-// fails with attach.ErrBusy when it is that already, or when another process claims it.
-func Claim(path string) (*Device, error) { return open(path, unix.O_EXCL) }
+// Claim opens the device and keeps it from being mounted or becoming part of another device for as long as it is open.
+// While it is that already, or another process claims it, Claim waits, until ctx ends.
+func Claim(ctx context.Context, path string) (*Device, error) {
+	var d *Device
+	err := Await(ctx, path+" to be mounted nowhere, and no part of another device", func() (claimed bool, err error) {
+		d, err = open(path, unix.O_EXCL)
+		if errors.Is(err, unix.EBUSY) {
+			return false, nil
+		}
+		return true, err
+	})
+	return d, err
+}
+
+// Settle returns a context for waiting until others are done with a device, which ends, with attach.ErrBusy, in a
+// second. udev opens every device for a moment after every change, and wherever on the node a container starts at the time
+// when something is unmounted, a copy of the mount lives on in its namespace for a moment.
+func Settle(ctx context.Context) (context.Context, context.CancelFunc) {
+	return context.WithTimeoutCause(ctx, time.Second, attach.ErrBusy)
+}
 
 func open(path string, flags int) (*Device, error) {
 	fd, err := unix.Open(path, unix.O_RDONLY|unix.O_CLOEXEC|flags, 0)
-	switch {
-	case errors.Is(err, unix.EBUSY):
-		return nil, fmt.Errorf("%w: %s is mounted, or part of another device", attach.ErrBusy, path)
-	case err != nil:
+	if err != nil {
 		return nil, &os.PathError{Op: "open", Path: path, Err: err}
 	}
 	d := &Device{path: path, fd: fd}
