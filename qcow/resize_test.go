@@ -241,3 +241,42 @@ func TestResizeOfATableWithALeakedRefcount(t *testing.T) {
 		writeAt(t, img, repeated(1, 512), 8<<20-512)
 	})
 }
+
+func TestResizeRefuses(t *testing.T) {
+	file := storage.NewMemory()
+	if err := qcow.Create(file, qcow.CreateOptions{Size: 1 << 20, ClusterSize: 512}); err != nil {
+		t.Fatal(err)
+	}
+	img, err := qcow.Open(file, qcow.Options{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	before := file.Bytes()
+	for _, test := range []struct {
+		size int64
+		want error
+	}{
+		{1 << 20, nil}, // it has that size
+		{1<<20 - 512, qcow.ErrUnsupported},
+		{0, qcow.ErrUnsupported},
+		{-512, qcow.ErrUnsupported},
+		{1<<20 + 1, qcow.ErrInvalid},
+		{128<<30 + 512, qcow.ErrInvalid}, // an L1 table of 32 MiB maps 128 GiB in clusters of 512 bytes
+		{1<<63 - 512, qcow.ErrInvalid},
+	} {
+		if err := img.Resize(t.Context(), test.size); !errors.Is(err, test.want) {
+			t.Errorf("resize to %d: %v, want %v", test.size, err, test.want)
+		}
+	}
+	cancelled, cancel := context.WithCancel(t.Context())
+	cancel()
+	if err := img.Resize(cancelled, 2<<20); !errors.Is(err, context.Canceled) {
+		t.Errorf("resize for a caller who has gone: %v", err)
+	}
+	if img.Size() != 1<<20 || !bytes.Equal(file.Bytes(), before) {
+		t.Error("a refused resize changed the image")
+	}
+	if err := img.Close(); err != nil {
+		t.Error(err)
+	}
+}

@@ -18,7 +18,7 @@ func TestRun(t *testing.T) {
 	}{
 		"the host is safe":  {Guest{Args: []string{"-test.run=TestHostIsSafe"}, Disk: 64 << 20}, ""},
 		"a test fails":      {Guest{Args: []string{"-test.run=TestFails"}}, "the tests failed: exit status 1"},
-		"a test hangs":      {Guest{Args: []string{"-test.run=TestHangs"}, Timeout: 4 * time.Second}, "the tests failed: signal: killed"},
+		"a test hangs":      {Guest{Args: []string{"-test.run=TestHangs"}, Timeout: 10 * time.Second}, "the tests failed: signal: killed"},
 		"there are no such": {Guest{Args: []string{"-test.run=TestNothing"}}, "there was no such test"},
 	} {
 		t.Run(name, func(t *testing.T) {
