@@ -222,7 +222,9 @@ func (s *Server) Close() error {
 	defer s.mu.Unlock()
 	var errs []error
 	for conn := range s.conns {
-		errs = append(errs, conn.Close())
+		if err := conn.Close(); !errors.Is(err, net.ErrClosed) { // one that ends by itself at this moment
+			errs = append(errs, err)
+		}
 	}
 	return errors.Join(errs...)
 }
