@@ -10,7 +10,7 @@ PKG ?= ./...
 # Of each fuzz target.
 FUZZTIME ?= 10s
 # Of one package's tests.
-TIMEOUT ?= 20m
+TIMEOUT ?= 28m
 # The enumerations of crashes and faults take samples under the race detector; here they are whole.
 ENUMERATE = $(if $(filter ./... ./qcow ./qcow/...,$(PKG)),$(GO) test -timeout $(TIMEOUT) -json -run '^Test(Crash|Fault)' ./qcow,true)
 # A file of tests that must run, for `make test`; see test/summary.

@@ -17,5 +17,8 @@ type imageBackend struct {
 // Info implements Backend. Requests of any length are efficient, but only whole clusters are given back, so a cluster
 // is what clients should prefer. The caches of an image are shared by all connections: one Flush covers them all.
 func (b imageBackend) Info() Info {
-	return Info{Size: b.Size(), ReadOnly: b.ReadOnly(), PreferredBlock: max(4096, b.cluster), MultiConn: true}
+	return Info{
+		Size: b.Size(), ReadOnly: b.ReadOnly(),
+		MinimumBlock: uint32(b.Alignment()), PreferredBlock: max(4096, b.cluster), MultiConn: true,
+	}
 }

@@ -69,7 +69,7 @@ func TestImageBackendDescribesImage(t *testing.T) {
 	for _, readOnly := range []bool{false, true} {
 		t.Run("", func(t *testing.T) {
 			img := openImage(t, path, readOnly)
-			want := nbdexport.Info{Size: 3 * mib, ReadOnly: readOnly, PreferredBlock: 64 << 10, MultiConn: true}
+			want := nbdexport.Info{Size: 3 * mib, ReadOnly: readOnly, MinimumBlock: 1, PreferredBlock: 64 << 10, MultiConn: true}
 			if got := nbdexport.NewImageBackend(img).Info(); got != want {
 				t.Errorf("Info() = %+v, want %+v", got, want)
 			}

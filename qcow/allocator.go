@@ -32,6 +32,11 @@ type allocator struct {
 
 // take returns at least one and at most n neighbouring clusters of the reserve.
 func (a *allocator) take(n uint64) (run, error) {
+	return a.takeBelow(n, format.Cluster(format.MaxHostOffset))
+}
+
+// takeBelow is take for clusters before limit. A run of 0 says that the lowest free ones are not.
+func (a *allocator) takeBelow(n uint64, limit format.Cluster) (run, error) {
 	a.mu.Lock()
 	defer a.mu.Unlock()
 	if len(a.reserve) == 0 {
@@ -40,7 +45,10 @@ func (a *allocator) take(n uint64) (run, error) {
 		}
 	}
 	head := &a.reserve[0]
-	x := run{head.first, min(n, head.n)}
+	if head.first >= limit {
+		return run{}, nil
+	}
+	x := run{head.first, min(n, head.n, uint64(limit-head.first))}
 	head.first, head.n = head.first+format.Cluster(x.n), head.n-x.n
 	if head.n == 0 {
 		a.reserve = a.reserve[1:]
@@ -230,16 +238,46 @@ func (a *allocator) freeLocked(x run) (done uint64, err error) {
 	return done, err
 }
 
-// soleRun returns how many clusters at the start of x have the refcount 1.
-func (a *allocator) soleRun(x run) (uint64, error) {
+// soleRun returns how many clusters at the start of x have the refcount 1, and the refcount of the one behind them.
+func (a *allocator) soleRun(x run) (n, next uint64, err error) {
 	a.mu.Lock()
 	defer a.mu.Unlock()
-	for n := range x.n {
-		if count, err := a.counts.get(x.first + format.Cluster(n)); err != nil || count != 1 {
-			return n, err
+	for n < x.n {
+		count, err := a.counts.get(x.first + format.Cluster(n))
+		if err != nil || count != 1 {
+			return n, count, err
+		}
+		n++
+	}
+	return n, 0, nil
+}
+
+// raise adds a reference to each cluster of x, which has some.
+func (a *allocator) raise(x run) error {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	for c := x.first; c < x.end(); c++ {
+		count, err := a.counts.get(c)
+		if err != nil {
+			return err
+		}
+		if _, err := a.counts.set(run{c, 1}, count+1); err != nil {
+			return err
 		}
 	}
-	return x.n, nil
+	return nil
+}
+
+// lower takes one reference from a cluster that has several. It returns false when it has not, or no longer.
+func (a *allocator) lower(c format.Cluster) (bool, error) {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	count, err := a.counts.get(c)
+	if err != nil || count < 2 {
+		return false, err
+	}
+	_, err = a.counts.set(run{c, 1}, count-1)
+	return err == nil, err
 }
 
 // refcount returns the refcount of a cluster.
@@ -249,8 +287,8 @@ func (a *allocator) refcount(c format.Cluster) (uint64, error) {
 	return a.counts.get(c)
 }
 
-// close frees what is left of the reserve and cuts off the free clusters at the end of the file.
-func (a *allocator) close() error {
+// trim frees what is left of the reserve and cuts off the free clusters at the end of the file.
+func (a *allocator) trim() error {
 	a.mu.Lock()
 	defer a.mu.Unlock()
 	g := a.img.geometry
@@ -265,6 +303,12 @@ func (a *allocator) close() error {
 		}
 	}
 	a.reserve, a.stained = nil, nil
+	return a.cut()
+}
+
+// cut cuts off the free clusters at the end of the file.
+func (a *allocator) cut() error {
+	g := a.img.geometry
 	used, err := a.counts.usedBefore(format.Cluster(a.end.Load()))
 	if err != nil {
 		return err

@@ -1,9 +1,11 @@
 package qcow_test
 
 import (
+	"bytes"
 	"math/rand/v2"
 	"path/filepath"
 	"testing"
+	"time"
 
 	"github.com/qcow-csi/qcow-csi/qcow"
 	"github.com/qcow-csi/qcow-csi/qcow/storage"
@@ -78,4 +80,154 @@ func BenchmarkImage(b *testing.B) {
 			return err
 		})
 	})
+}
+
+// benchFile makes an image in a file, and opens it.
+func benchFile(b *testing.B, o qcow.CreateOptions, open qcow.Options) *qcow.Image {
+	b.Helper()
+	f, err := storage.Create(filepath.Join(b.TempDir(), "image.qcow2"))
+	if err != nil {
+		b.Fatal(err)
+	}
+	if err := qcow.Create(f, o); err != nil {
+		b.Fatal(err)
+	}
+	img, err := qcow.Open(f, open)
+	if err != nil {
+		b.Fatal(err)
+	}
+	b.Cleanup(func() {
+		if err := img.Close(); err != nil {
+			b.Error(err)
+		}
+	})
+	return img
+}
+
+// BenchmarkSequential reads and writes 1 MiB after 1 MiB of allocated clusters.
+func BenchmarkSequential(b *testing.B) {
+	const size = 256 << 20
+	img := benchFile(b, qcow.CreateOptions{Size: size}, qcow.Options{})
+	p := make([]byte, 1<<20)
+	for off := int64(0); off < size; off += int64(len(p)) {
+		if _, err := img.WriteAt(p, off); err != nil {
+			b.Fatal(err)
+		}
+	}
+	for name, do := range map[string]func([]byte, int64) (int, error){"read": img.ReadAt, "write": img.WriteAt} {
+		b.Run(name, func(b *testing.B) {
+			b.ReportAllocs()
+			b.SetBytes(int64(len(p)))
+			off := int64(0)
+			for b.Loop() {
+				if _, err := do(p, off); err != nil {
+					b.Fatal(err)
+				}
+				off = (off + int64(len(p))) % size
+			}
+		})
+	}
+}
+
+// BenchmarkCopyOnWrite writes 4 KiB to clusters that a backing file has: each is copied, and durable before it is linked.
+func BenchmarkCopyOnWrite(b *testing.B) {
+	const size, cluster = 256 << 20, 64 << 10
+	dir := b.TempDir()
+	base, err := storage.Create(filepath.Join(dir, "base.raw"))
+	if err != nil {
+		b.Fatal(err)
+	}
+	for off := int64(0); off < size; off += 1 << 20 {
+		if _, err := base.WriteAt(bytes.Repeat([]byte{1}, 1<<20), off); err != nil {
+			b.Fatal(err)
+		}
+	}
+	if err := base.Close(); err != nil {
+		b.Fatal(err)
+	}
+	f, err := storage.Create(filepath.Join(dir, "top.qcow2"))
+	if err != nil {
+		b.Fatal(err)
+	}
+	if err := qcow.Create(f, qcow.CreateOptions{Size: size, BackingFile: "base.raw", BackingFormat: "raw"}); err != nil {
+		b.Fatal(err)
+	}
+	img, err := qcow.Open(f, qcow.Options{Gate: qcow.Within(dir)})
+	if err != nil {
+		b.Fatal(err)
+	}
+	p := make([]byte, 4096)
+	b.ReportAllocs()
+	b.SetBytes(int64(len(p)))
+	n := int64(0)
+	for b.Loop() {
+		if n++; n*cluster >= size {
+			b.Fatalf("all %d clusters are copied: run it for a shorter time", n)
+		}
+		if _, err := img.WriteAt(p, n*cluster); err != nil {
+			b.Fatal(err)
+		}
+	}
+	if err := img.Close(); err != nil {
+		b.Error(err)
+	}
+}
+
+// BenchmarkSnapshot takes and deletes an internal snapshot of an image with 1 GiB of data.
+func BenchmarkSnapshot(b *testing.B) {
+	img := benchFile(b, qcow.CreateOptions{Size: 1 << 30}, qcow.Options{})
+	p := bytes.Repeat([]byte{1}, 1<<20)
+	for off := int64(0); off < 1<<30; off += int64(len(p)) {
+		if _, err := img.WriteAt(p, off); err != nil {
+			b.Fatal(err)
+		}
+	}
+	b.ReportAllocs()
+	for b.Loop() {
+		s, err := img.CreateSnapshot(b.Context(), "s", time.Unix(0, 0))
+		if err != nil {
+			b.Fatal(err)
+		}
+		if err := img.DeleteSnapshot(b.Context(), s.ID); err != nil {
+			b.Fatal(err)
+		}
+	}
+}
+
+// BenchmarkOpen opens an image of 1 TiB with an L2 table for every GiB.
+func BenchmarkOpen(b *testing.B) {
+	path := filepath.Join(b.TempDir(), "image.qcow2")
+	f, err := storage.Create(path)
+	if err != nil {
+		b.Fatal(err)
+	}
+	if err := qcow.Create(f, qcow.CreateOptions{Size: 1 << 40}); err != nil {
+		b.Fatal(err)
+	}
+	img, err := qcow.Open(f, qcow.Options{})
+	if err != nil {
+		b.Fatal(err)
+	}
+	for off := int64(0); off < 1<<40; off += 1 << 30 {
+		if _, err := img.WriteAt(make([]byte, 4096), off); err != nil {
+			b.Fatal(err)
+		}
+	}
+	if err := img.Close(); err != nil {
+		b.Fatal(err)
+	}
+	b.ReportAllocs()
+	for b.Loop() {
+		f, err := storage.Open(path, storage.ReadWrite)
+		if err != nil {
+			b.Fatal(err)
+		}
+		img, err := qcow.Open(f, qcow.Options{})
+		if err != nil {
+			b.Fatal(err)
+		}
+		if err := img.Close(); err != nil {
+			b.Fatal(err)
+		}
+	}
 }

@@ -30,15 +30,17 @@ type crashWorkload struct {
 	img     *qcow.Image
 	cluster int64
 	serial  uint64
-	sectors map[int64][]event // by sector number, in order
-	sizes   []event
+	reserve int64 // clusters
 	flushes []event
+	world           // the present one
+	past    []world // before that
 }
 
 // event is something that happened between two points of the log. value is a sector's content or the size of the disk.
 type event struct {
 	start, end int
 	value      uint64
+	durable    bool // once it has ended
 }
 
 // newCrashWorkload starts with an image in which the first filled bytes, whole sectors, were written and flushed.
@@ -49,21 +51,22 @@ func newCrashWorkload(t *testing.T, seed uint64, o qcow.CreateOptions, reserve, 
 	}
 	fill(t, mem, filled)
 	initial = mem.Bytes()
-	w = &crashWorkload{
-		t:       t,
-		rng:     rand.New(rand.NewPCG(seed, 1)),
-		rec:     storage.NewRecorder(mem),
-		cluster: int64(o.ClusterSize),
-		sectors: map[int64][]event{},
-		sizes:   []event{{value: uint64(o.Size)}},
-	}
+	return startCrashWorkload(t, seed, initial, reserve, filled), initial
+}
+
+// startCrashWorkload starts with an image in which the first filled bytes have the value 1.
+func startCrashWorkload(t *testing.T, seed uint64, initial []byte, reserve, filled int64) *crashWorkload {
+	w := &crashWorkload{t: t, rng: rand.New(rand.NewPCG(seed, 1)), rec: storage.NewRecorder(storage.NewMemoryFrom(bytes.Clone(initial)))}
 	var err error
 	if w.img, err = qcow.Open(w.rec, qcow.Options{ReserveBytes: reserve}); err != nil {
 		t.Fatal(err)
 	}
+	w.cluster = int64(w.img.Info().ClusterSize)
+	w.reserve = reserve / w.cluster
+	w.world = world{sectors: map[int64][]event{}, sizes: []event{{value: uint64(w.img.Size())}}}
 	w.serial++
 	w.note(event{}, 0, filled, w.serial)
-	return w, initial
+	return w
 }
 
 // fill writes the value 1 to the first n bytes of the disk.
@@ -169,7 +172,7 @@ func allowed(events []event, survived, issued int) []uint64 {
 		if e.start >= issued {
 			break
 		}
-		if e.end <= survived {
+		if e.end <= survived || e.durable && e.end < issued {
 			values = values[:0]
 		}
 		values = append(values, e.value)
@@ -205,21 +208,39 @@ func (w *crashWorkload) verify(s *storage.CrashState) error {
 	if err != nil {
 		return fmt.Errorf("open: %w", err)
 	}
-	returned := s.Issued // a resize that has returned is durable
-	if s.Kind == storage.Kill {
-		returned = s.Durable
-	}
-	if sizes := allowed(w.sizes, returned, s.Issued); !slices.Contains(sizes, uint64(img.Size())) {
-		return fmt.Errorf("size %d, allowed: %v", img.Size(), sizes)
-	}
-	content, err := w.verifyContent(img, s)
-	if err != nil {
+	if err := w.verifyLeaks(s, report); err != nil {
 		return err
 	}
-	return w.useAgain(img, file, content)
+	var mismatches []error
+	for _, v := range w.worldsAt(s) {
+		content, err := w.in(v).verifyContent(img, s)
+		if err == nil {
+			err = w.in(v).verifyKept(img, s.Content)
+		}
+		if err != nil {
+			mismatches = append(mismatches, err)
+			continue
+		}
+		if err := w.useAgain(img, file, content); err != nil {
+			return err
+		}
+		return w.in(v).useKept(file)
+	}
+	return errors.Join(mismatches...)
+}
+
+// returned is the point of the log up to which maintenance that had returned is durable.
+func returned(s *storage.CrashState) int {
+	if s.Kind == storage.Kill {
+		return s.Durable
+	}
+	return s.Issued
 }
 
 func (w *crashWorkload) verifyContent(img *qcow.Image, s *storage.CrashState) ([]byte, error) {
+	if sizes := allowed(w.sizes, returned(s), s.Issued); !slices.Contains(sizes, uint64(img.Size())) {
+		return nil, fmt.Errorf("size %d, allowed: %v", img.Size(), sizes)
+	}
 	content := make([]byte, img.Size())
 	if _, err := img.ReadAt(content, 0); err != nil {
 		return nil, fmt.Errorf("read: %w", err)

@@ -15,6 +15,7 @@ var (
 	ErrBusy        = storage.ErrBusy       // somebody else has the image open
 	ErrNoSpace     = storage.ErrNoSpace    // the file system is full; also matches syscall.ENOSPC where it said so
 
+	ErrNotFound = errors.New("not found") // the image has no snapshot or bitmap of that name
 	ErrReadOnly = errors.New("image is open read-only")
 	ErrClosed   = errors.New("image is closed")
 )

@@ -3,7 +3,9 @@ package qcow_test
 import (
 	"errors"
 	"io"
+	"iter"
 	"math/rand/v2"
+	"slices"
 	"testing"
 
 	"github.com/qcow-csi/qcow-csi/qcow"
@@ -181,6 +183,85 @@ func TestExtentsOfAHugeDisk(t *testing.T) {
 	}
 	if off, err := img.SeekMapped(first + cluster); err != nil || off != second {
 		t.Errorf("mapped: %d, %v", off, err)
+	}
+	if err := img.Close(); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// What is stored in any file of a chain is mapped.
+func TestSeekOverChain(t *testing.T) {
+	for name, layers := range chainShapes {
+		for _, seed := range testSeeds(t, 1, 30) {
+			rng := rand.New(rand.NewPCG(seed, 0))
+			c := newChain(t, rng, layers...)
+			img := c.open(qcow.Options{ReadOnly: true, CacheBytes: 1})
+			stored := make([]bool, img.Size())
+			for e, err := range img.Extents(0, img.Size()) {
+				if err != nil {
+					t.Fatal(err)
+				}
+				for i := range stored[e.Offset:][:e.Length] {
+					stored[e.Offset+int64(i)] = e.Kind == qcow.ExtentData || e.Kind == qcow.ExtentCompressed
+				}
+			}
+			for i, v := range c.want {
+				if v != 0 && !stored[i] {
+					t.Fatalf("%s, seed %d: byte %d is in no file", name, seed, i)
+				}
+			}
+			for range 40 {
+				off := rng.Int64N(img.Size() + 1)
+				if slices.Contains(c.kinds, "raw") {
+					off &^= 4095 // a file in memory has holes of pages, and what is left of a page may be one
+				}
+				next := func(want bool) int64 {
+					if i := slices.Index(stored[off:], want); i >= 0 {
+						return off + int64(i)
+					}
+					return img.Size()
+				}
+				if got, err := img.SeekUnmapped(off); err != nil || got != next(false) {
+					t.Fatalf("%s, seed %d: unmapped from %d on: %d, %v; want %d", name, seed, off, got, err, next(false))
+				}
+				got, err := img.SeekMapped(off)
+				if want := next(true); want == img.Size() && !errors.Is(err, io.EOF) || want != img.Size() && (err != nil || got != want) {
+					t.Fatalf("%s, seed %d: mapped from %d on: %d, %v; want %d", name, seed, off, got, err, want)
+				}
+			}
+			if err := img.Close(); err != nil {
+				t.Fatal(err)
+			}
+		}
+	}
+}
+
+// Who receives extents slowly holds nobody up: the chain can be exchanged meanwhile.
+func TestExtentsWhileStreaming(t *testing.T) {
+	c := newChain(t, rand.New(rand.NewPCG(1, 1)), layer{kind: "raw", size: 1 << 20}, layer{size: 1 << 20, cluster: 512})
+	img := c.open(qcow.Options{})
+	next, stop := iter.Pull2(img.Extents(0, img.Size()))
+	defer stop()
+	e, err, _ := next()
+	at := e.Length
+	if err != nil || at == 0 {
+		t.Fatal(e, err)
+	}
+	if err := img.Stream(t.Context(), qcow.StreamOptions{}); err != nil {
+		t.Fatal(err)
+	}
+	for {
+		e, err, more := next()
+		if !more {
+			break
+		}
+		if err != nil || e.Offset != at {
+			t.Fatalf("at %d: %+v, %v", at, e, err)
+		}
+		at += e.Length
+	}
+	if at != img.Size() {
+		t.Errorf("the extents end at %d", at)
 	}
 	if err := img.Close(); err != nil {
 		t.Fatal(err)

@@ -2,11 +2,13 @@ package qcow_test
 
 import (
 	"bytes"
+	"errors"
 	"fmt"
 	"testing"
 
 	"github.com/qcow-csi/qcow-csi/qcow"
 	"github.com/qcow-csi/qcow-csi/qcow/format"
+	"github.com/qcow-csi/qcow-csi/qcow/storage"
 )
 
 const hostileCluster = 1024
@@ -32,6 +34,24 @@ var changes = map[string]func(img *qcow.Image) error{
 	"discard":         func(img *qcow.Image) error { return img.Discard(hostileCluster, hostileCluster) },
 }
 
+// expectUnchanged expects that the file is as the image was, but for the mark that says that it is corrupt.
+func (m *handmade) expectUnchanged(what string, f *storage.Memory) {
+	m.t.Helper()
+	b := f.Bytes()
+	b[format.IncompatibleOffset+7] &^= format.IncompatCorrupt
+	if !bytes.Equal(b, m.b) {
+		m.t.Errorf("%s changed the file", what)
+	}
+}
+
+// expectCorruptOrNil accepts the error of an image that may be marked corrupt.
+func expectCorruptOrNil(t testing.TB, what string, err error) {
+	t.Helper()
+	if err != nil && !errors.Is(err, qcow.ErrCorrupt) {
+		t.Errorf("%s: %v", what, err)
+	}
+}
+
 // expectChangesRefused expects that every change of guest cluster 1 is refused with the class and leaves the file as it is.
 func (m *handmade) expectChangesRefused(class error) {
 	m.t.Helper()
@@ -39,15 +59,9 @@ func (m *handmade) expectChangesRefused(class error) {
 		f := m.file()
 		img := open(m.t, f, qcow.Options{ReserveBytes: hostileCluster})
 		expectClass(m.t, name, do(img), class)
-		if err := img.Flush(); err != nil {
-			m.t.Errorf("%s: flush: %v", name, err)
-		}
-		if err := img.Close(); err != nil {
-			m.t.Errorf("%s: close: %v", name, err)
-		}
-		if !bytes.Equal(f.Bytes(), m.b) {
-			m.t.Errorf("%s changed the file", name)
-		}
+		expectCorruptOrNil(m.t, name+": flush", img.Flush())
+		expectCorruptOrNil(m.t, name+": close", img.Close())
+		m.expectUnchanged(name, f)
 	}
 }
 
@@ -70,11 +84,10 @@ func TestEntryThatPointsAtMetadata(t *testing.T) {
 					f := m.file()
 					img := open(t, f, qcow.Options{})
 					expectClass(t, change, changes[change](img), qcow.ErrCorrupt)
-					if err := img.Close(); err != nil {
-						t.Error(err)
-					}
-					if !bytes.Equal(f.Bytes(), m.b) {
-						t.Errorf("%s of allocated zeroes changed the file", change)
+					expectClass(t, "close", img.Close(), qcow.ErrCorrupt)
+					m.expectUnchanged(change+" of allocated zeroes", f)
+					if _, err := qcow.Open(f, qcow.Options{}); !errors.Is(err, qcow.ErrCorrupt) {
+						t.Errorf("open after the corruption was found: %v", err)
 					}
 				}
 			})
@@ -106,12 +119,12 @@ func TestUnusableEntry(t *testing.T) {
 		entry uint64
 		class error
 	}{
-		"past the end":   {1<<63 | 1<<30, qcow.ErrCorrupt},
-		"far away":       {1<<63 | (1<<56 - hostileCluster), qcow.ErrCorrupt},
-		"misaligned":     {1<<63 | 7*hostileCluster + 512, qcow.ErrCorrupt},
-		"reserved bit 1": {1<<63 | 7*hostileCluster | 2, qcow.ErrCorrupt},
-		"reserved bit":   {1<<63 | 1<<61 | 7*hostileCluster, qcow.ErrCorrupt},
-		"compressed":     {1<<62 | 7*hostileCluster, qcow.ErrUnsupported},
+		"past the end":            {1<<63 | 1<<30, qcow.ErrCorrupt},
+		"far away":                {1<<63 | (1<<56 - hostileCluster), qcow.ErrCorrupt},
+		"misaligned":              {1<<63 | 7*hostileCluster + 512, qcow.ErrCorrupt},
+		"reserved bit 1":          {1<<63 | 7*hostileCluster | 2, qcow.ErrCorrupt},
+		"reserved bit":            {1<<63 | 1<<61 | 7*hostileCluster, qcow.ErrCorrupt},
+		"compressed past the end": {1<<62 | 1<<40, qcow.ErrCorrupt},
 	} {
 		t.Run(name, func(t *testing.T) {
 			m := newHostile(t)
@@ -145,24 +158,50 @@ func TestUnusableEntry(t *testing.T) {
 	}
 }
 
-// A data cluster has the refcount 1. With any other, nobody knows whose it is.
-func TestRefcountOfADataCluster(t *testing.T) {
-	for _, count := range []uint64{0, 2, 65535} {
-		t.Run(fmt.Sprint(count), func(t *testing.T) {
-			m := newHostile(t)
-			m.put(m.l2Entry(1), uint64(format.NewL2Entry(m.host(1), false)))
-			m.setRefcount(m.host(1), count)
-			for name, do := range changes {
-				f := m.file()
-				img := open(t, f, qcow.Options{})
-				expectAt(t, img, repeated(1, 8*hostileCluster), 0)
-				expectClass(t, name, do(img), qcow.ErrCorrupt)
-				expectAt(t, img, repeated(1, 8*hostileCluster), 0)
-				if err := img.Flush(); err != nil {
-					t.Error(err)
-				}
+// The refcount of a cluster in use is not 0: somebody else may have it, too, or get it.
+func TestDataClusterWithoutRefcount(t *testing.T) {
+	m := newHostile(t)
+	m.put(m.l2Entry(1), uint64(format.NewL2Entry(m.host(1), false)))
+	m.setRefcount(m.host(1), 0)
+	for name, do := range changes {
+		f := m.file()
+		img := open(t, f, qcow.Options{})
+		expectAt(t, img, repeated(1, 8*hostileCluster), 0)
+		err := do(img)
+		if err == nil { // a cluster that is given up meets its refcount later
+			_ = img.Flush()
+			err = img.Close()
+		}
+		expectClass(t, name, err, qcow.ErrCorrupt)
+	}
+}
+
+// A cluster with a higher refcount has other owners: it is copied, and they keep what they have.
+func TestSharedClusterIsCopied(t *testing.T) {
+	for _, count := range []uint64{2, 65535} {
+		m := newHostile(t)
+		m.put(m.l2Entry(1), uint64(format.NewL2Entry(m.host(1), false)))
+		m.setRefcount(m.host(1), count)
+		for name, do := range changes {
+			f := m.file()
+			img := open(t, f, qcow.Options{})
+			if err := do(img); err != nil {
+				t.Fatalf("%s: %v", name, err)
 			}
-		})
+			if err := img.Close(); err != nil {
+				t.Fatalf("%s: close: %v", name, err)
+			}
+			after := &handmade{t: t, b: f.Bytes(), h: m.h}
+			if !bytes.Equal(after.b[m.host(1):][:hostileCluster], repeated(1, hostileCluster)) {
+				t.Errorf("%s: the shared cluster was changed", name)
+			}
+			if name != "write across" && after.host(1) == m.host(1) {
+				t.Errorf("%s: the guest still has the shared cluster", name)
+			}
+			if got := format.Refcount(after.b[m.block():], m.h.RefcountOrder, uint64(m.h.ClusterOf(m.host(1)))); got != count-1 {
+				t.Errorf("%s: refcount %d after %d", name, got, count)
+			}
+		}
 	}
 }
 
@@ -210,9 +249,8 @@ func TestSharedClusterIsNotFreedTwice(t *testing.T) {
 	if err := img.Flush(); err != nil { // the un-linking is durable, which is all that Flush promises
 		t.Fatal(err)
 	}
-	block := f.Bytes()[m.block():][:hostileCluster]
-	if n := format.Refcount(block, m.h.RefcountOrder, uint64(m.h.ClusterOf(m.host(1)))); n != 1 {
-		t.Errorf("the cluster's refcount is %d", n)
+	if !img.Info().Corrupt {
+		t.Error("the image is not marked corrupt")
 	}
 	_, err := img.WriteAt([]byte{1}, 128<<10)
 	expectClass(t, "write", err, qcow.ErrCorrupt)

@@ -1,11 +1,13 @@
 package qcow
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"sync"
 	"sync/atomic"
 
+	"github.com/qcow-csi/qcow-csi/qcow/codec"
 	"github.com/qcow-csi/qcow-csi/qcow/format"
 	"github.com/qcow-csi/qcow-csi/qcow/storage"
 )
@@ -13,31 +15,51 @@ import (
 // Image is an open image. All methods may be called concurrently.
 type Image struct {
 	file     storage.File
+	data     storage.File // where guest data is: file, or an external data file
 	readOnly bool
 	geometry format.Geometry
+	// What the header said when the image was opened, and does not change.
+	version     uint32
+	cryptMethod uint32
+	compression codec.Type
+
+	backing atomic.Pointer[backing] // nil: none; see under
+	cipher  sectorCipher            // nil: not encrypted
+
+	detectZeroes bool
 
 	size    atomic.Int64 // virtual size in bytes
 	closing atomic.Bool
-	// maintenance is read-locked by Flush and Resize, which wait for requests and so can't run inside an epoch.
+	// maintenance is read-locked by what waits for requests, as Flush and Resize do, and so can't run inside an epoch.
 	maintenance sync.RWMutex
 	poisonedBy  atomic.Pointer[error]
 
+	tablesDurable durability
+
 	epochs     *epochs
+	freezer    freezer
 	claims     claims
+	moving     ranges // guest clusters that are written under a claim only
 	syncs      *groupSync
+	dataSyncs  *groupSync
 	quarantine quarantine
 	metadata   metadataMap
 	tables     *tableCache
+	unpacked   unpacked
+	packing    packing
 	alloc      allocator
+	bitmaps    bitmaps
 
-	headerMu sync.Mutex // held while the header is switched
-	header   format.Header
+	headerMu      sync.Mutex // held while the header is switched
+	header        format.Header
+	snapshots     []format.Snapshot // changed under maintaining as well
+	snapshotBytes uint64            // length of the snapshot table
 
-	resizing sync.Mutex // one resize at a time
-	newTable sync.Mutex // held while an L2 table is made, or the L1 table replaced
-	l1mu     sync.RWMutex
-	l1       []byte // the active L1 table, as on disk
-	l1offset format.HostOffset
+	maintaining sync.Mutex // one resize, snapshot or the like at a time
+	newTable    sync.Mutex // held while an L2 table is made, or the L1 table replaced
+	l1mu        sync.RWMutex
+	l1          []byte // the active L1 table, as on disk
+	l1offset    format.HostOffset
 }
 
 // Size returns the virtual size in bytes.
@@ -57,7 +79,11 @@ func (img *Image) Close() error {
 	defer img.maintenance.Unlock()
 	img.epochs.wait()
 	err := img.settle()
-	return errors.Join(err, img.file.Close())
+	img.tables.share.leave(img.tables)
+	if img.external() {
+		err = errors.Join(err, img.data.Close())
+	}
+	return errors.Join(err, img.file.Close(), img.under().close())
 }
 
 // settle leaves on disk an image without leaks.
@@ -68,14 +94,15 @@ func (img *Image) settle() error {
 	if err := img.poisoned(); err != nil {
 		return err
 	}
+	img.packing.finish(img)
 	reclaimErr, err := img.flush()
 	if err := errors.Join(reclaimErr, err); err != nil {
 		return err
 	}
-	if err := img.alloc.close(); err != nil {
+	if err := img.alloc.trim(); err != nil {
 		return err
 	}
-	return img.sync()
+	return errors.Join(img.saveBitmaps(), img.sync())
 }
 
 // usable returns why no request can be served, or nil.
@@ -84,6 +111,23 @@ func (img *Image) usable() error {
 		return ErrClosed
 	}
 	return nil
+}
+
+// maintain begins an operation that changes the image as a whole, of which there is one at a time. end finishes it.
+func (img *Image) maintain(ctx context.Context) (end func(), err error) {
+	img.maintenance.RLock()
+	img.maintaining.Lock()
+	end = func() {
+		img.maintaining.Unlock()
+		img.maintenance.RUnlock()
+	}
+	for _, obstacle := range []error{img.usable(), img.writable(), ctx.Err()} {
+		if obstacle != nil {
+			end()
+			return nil, obstacle
+		}
+	}
+	return end, nil
 }
 
 // writable returns why no request that changes the image can be served, or nil.
@@ -102,6 +146,11 @@ func (img *Image) begin(off, n int64, write bool) (epoch uint32, err error) {
 		}
 	}
 	epoch = img.epochs.enter()
+	for write && img.freezer.frozen() {
+		img.epochs.leave(epoch)
+		img.freezer.wait()
+		epoch = img.epochs.enter()
+	}
 	if err := img.usable(); err != nil {
 		img.epochs.leave(epoch)
 		return 0, err
@@ -109,6 +158,12 @@ func (img *Image) begin(off, n int64, write bool) (epoch uint32, err error) {
 	if size := img.size.Load(); off < 0 || n < 0 || off > size || n > size-off {
 		img.epochs.leave(epoch)
 		return 0, format.Invalidf("%d bytes at %d are outside the virtual disk of %d", n, off, size)
+	}
+	if write {
+		if err := img.record(off, n); err != nil {
+			img.epochs.leave(epoch)
+			return 0, err
+		}
 	}
 	return epoch, nil
 }
@@ -123,6 +178,13 @@ func (img *Image) switchHeader(change func(*format.Header)) error {
 	change(&h)
 	if err := img.sync(); err != nil {
 		return err
+	}
+	if !sameBitmaps(&h, &img.header) {
+		if err := img.rewriteHeader(&h); err != nil {
+			return err
+		}
+		img.header = h
+		return nil
 	}
 	if err := img.overwrite(format.SwitchOffset, img.header.EncodeSwitch(), h.EncodeSwitch()); err != nil {
 		return fmt.Errorf("write header: %w", err)
@@ -141,6 +203,7 @@ func (img *Image) overwrite(off format.HostOffset, old, b []byte) error {
 		return err
 	}
 	_, err := img.file.WriteAt(b, int64(off))
+	img.tablesDurable.changed.Add(1) // before anybody can look the change up
 	if err == nil {
 		return nil
 	}

@@ -1,9 +1,14 @@
 package qcow
 
 import (
+	"context"
+	"encoding/binary"
+	"errors"
 	"fmt"
 
+	"github.com/qcow-csi/qcow-csi/qcow/codec"
 	"github.com/qcow-csi/qcow-csi/qcow/format"
+	"github.com/qcow-csi/qcow-csi/qcow/repair"
 	"github.com/qcow-csi/qcow-csi/qcow/storage"
 )
 
@@ -15,55 +20,74 @@ const (
 // Options say how to open an image.
 type Options struct {
 	ReadOnly   bool
-	CacheBytes int64 // of L2 tables and refcount blocks; 0 means 8 MiB
+	CacheBytes int64 // of L2 tables and refcount blocks, at most; 0 means 8 MiB
+	// Budget bounds the caches of several images together; nil means one of 128 MiB for the whole process.
+	Budget *CacheBudget
 	// ReserveBytes bounds what is allocated ahead of use, and so what a crash leaks: at least one cluster; 0 means
 	// 16 MiB. Allocating writes cost one sync for each so many bytes.
 	ReserveBytes int64
+	// Gate opens the backing file and the data file that the image names, and what these name in turn. Without one an image
+	// that names any is ErrUnsupported.
+	Gate Gate
+	// WithoutBacking leaves the backing file out: what is absent from the image reads as zeroes. It needs ReadOnly.
+	WithoutBacking bool
+	// CommitDepth is the depth of the backing file that [Image.Commit] writes into, which is opened for writing therefore: 1 for the image's
+	// own, 2 for the one behind that; 0 for none.
+	CommitDepth int
+	// Passphrase opens an encrypted image, and the encrypted ones of its chain.
+	Passphrase []byte
+	// Snapshot is the ID or the name of an internal snapshot to read in place of the disk's present content. It needs ReadOnly.
+	Snapshot string
+	// DetectZeroes makes WriteAt treat data that is all zeroes as WriteZeroes with leave to unmap.
+	DetectZeroes bool
+	// BitmapBytes bounds the memory for the bits of dirty bitmaps; 0 means 2 GiB. Where what the image has does not fit, it has no bitmaps
+	// any more when it is opened for writing; what does not fit later becomes dirty as a whole, in ranges of 65536 bits.
+	BitmapBytes int64
+
+	depth int             // in a chain of backing files
+	ctx   context.Context // of OpenContext, for the files of the chain
 }
 
 // Open opens the image in f, whose format the caller knows to be qcow2: nothing is probed. On success Close closes f; on
-// failure f stays open and unchanged.
+// failure f stays open.
 //
-// It fails with ErrUnsupported for every feature that is not implemented, and with ErrCorrupt when the header or
-// a table it names is damaged, lies outside the file or overlaps another. An image marked dirty or corrupt can be opened
-// read-only.
+// It fails with ErrUnsupported for features that are not known, and with ErrCorrupt when the header or
+// a table it names is damaged, lies outside the file or overlaps another. An image marked corrupt can be opened
+// read-only. One marked dirty has its refcounts repaired when it is opened for writing; otherwise a failed Open leaves the file as it
+// is.
 func Open(f storage.File, o Options) (*Image, error) {
-	size, err := f.Size()
+	return OpenContext(context.Background(), f, o)
+}
+
+// OpenContext is Open that ends with the error of ctx when that is done first: repairing an image takes time, and so does
+// deriving the key of an encrypted one, as much as its header asks for.
+func OpenContext(ctx context.Context, f storage.File, o Options) (_ *Image, err error) {
+	o.ctx = ctx
+	if (o.WithoutBacking || o.Snapshot != "") && !o.ReadOnly {
+		return nil, format.Invalidf("a snapshot, or an image without its backing file, is only read")
+	}
+	header, size, err := readSound(ctx, f, o.ReadOnly)
 	if err != nil {
 		return nil, err
 	}
-	header, err := readHeader(f, size)
-	if err != nil {
-		return nil, err
-	}
-	if err := supported(header, o.ReadOnly); err != nil {
-		return nil, err
-	}
-	if o.CacheBytes <= 0 {
-		o.CacheBytes = defaultCacheBytes
-	}
-	if o.ReserveBytes <= 0 {
-		o.ReserveBytes = defaultReserveBytes
-	}
-	img := &Image{
-		file:     f,
-		readOnly: o.ReadOnly,
-		geometry: header.Geometry,
-		epochs:   newEpochs(),
-		syncs:    newGroupSync(),
-		metadata: metadataMap{geometry: header.Geometry, set: clusterSet{}},
-		header:   *header,
-		l1offset: header.L1Offset,
-	}
-	img.tables = newTableCache(img, o.CacheBytes)
-	img.size.Store(int64(header.Size))
-	img.alloc.img = img
-	img.alloc.maxFill = max(uint64(o.ReserveBytes)>>header.ClusterBits, 1)
-	img.alloc.nextFill = min(firstReserve, img.alloc.maxFill)
-	img.alloc.end.Store(img.geometry.ClustersFor(uint64(size)))
-	img.alloc.counts = refcounts{img: img, offset: header.RefcountTableOffset}
+	img := newImage(f, header, size, o)
+	defer func() {
+		if err != nil {
+			img.tables.share.leave(img.tables)
+			err = errors.Join(err, img.closeOthers())
+		}
+	}()
 	if err := img.loadTables(uint64(size)); err != nil {
 		return nil, err
+	}
+	if err := img.openOthers(o); err != nil {
+		return nil, err
+	}
+	if err := img.openCipher(ctx, o.Passphrase); err != nil {
+		return nil, err
+	}
+	if o.Snapshot != "" {
+		return img, img.lookBack(o.Snapshot)
 	}
 	if o.ReadOnly {
 		return img, nil
@@ -71,12 +95,106 @@ func Open(f storage.File, o Options) (*Image, error) {
 	if err := img.checkTail(); err != nil {
 		return nil, err
 	}
-	if err := img.clearAutoclear(); err != nil {
+	if err := img.keepBitmaps(uint64(size)); err != nil {
 		return nil, err
 	}
-	return img, nil
+	return img, img.clearAutoclear()
 }
 
+func newImage(f storage.File, header *format.Header, size int64, o Options) *Image {
+	if o.CacheBytes <= 0 {
+		o.CacheBytes = defaultCacheBytes
+	}
+	if o.ReserveBytes <= 0 {
+		o.ReserveBytes = defaultReserveBytes
+	}
+	img := &Image{
+		file:         f,
+		data:         f,
+		readOnly:     o.ReadOnly,
+		detectZeroes: o.DetectZeroes,
+		geometry:     header.Geometry,
+		version:      header.Version,
+		cryptMethod:  header.CryptMethod,
+		compression:  codec.Type(header.CompressionType),
+		epochs:       newEpochs(),
+		syncs:        newGroupSync(),
+		dataSyncs:    newGroupSync(),
+		metadata:     metadataMap{geometry: header.Geometry, set: clusterSet{}},
+		header:       *header,
+		l1offset:     header.L1Offset,
+	}
+	if o.Budget == nil {
+		o.Budget = processBudget
+	}
+	if o.BitmapBytes <= 0 {
+		o.BitmapBytes = defaultBitmapBytes
+	}
+	img.bitmaps.limit = o.BitmapBytes
+	img.bitmaps.memory.left.Store(o.BitmapBytes)
+	img.tables = newTableCache(img, o.CacheBytes, o.Budget)
+	img.size.Store(int64(header.Size))
+	img.alloc.img = img
+	img.alloc.maxFill = max(uint64(o.ReserveBytes)>>header.ClusterBits, 1)
+	img.alloc.nextFill = min(firstReserve, img.alloc.maxFill)
+	img.alloc.end.Store(img.geometry.ClustersFor(uint64(size)))
+	img.alloc.counts = refcounts{img: img, offset: header.RefcountTableOffset}
+	return img
+}
+
+// readSound reads the header of an image that this package can use. One that is marked dirty, and is to be written, it repairs first.
+func readSound(ctx context.Context, f storage.File, readOnly bool) (*format.Header, int64, error) {
+	for repaired := false; ; repaired = true {
+		size, err := f.Size()
+		if err != nil {
+			return nil, 0, err
+		}
+		h, err := readHeader(f, size)
+		if err != nil {
+			return nil, 0, err
+		}
+		if err := supported(h, readOnly); err != nil {
+			return nil, 0, err
+		}
+		if readOnly || h.Incompatible&format.IncompatDirty == 0 {
+			return h, size, nil
+		}
+		if repaired {
+			return nil, 0, format.Corruptf("header", format.IncompatibleOffset, "the image is still marked dirty after its repair")
+		}
+		if _, err := repair.Run(ctx, f, repair.Options{Mode: repair.All}); err != nil {
+			return nil, 0, fmt.Errorf("repair an image that is marked dirty: %w", err)
+		}
+	}
+}
+
+// openOthers opens the files that the image names.
+func (img *Image) openOthers(o Options) error {
+	h := &img.header
+	if h.Incompatible&format.IncompatDataFile != 0 {
+		if err := img.openDataFile(o); err != nil {
+			return err
+		}
+	}
+	if h.BackingFile == "" || o.WithoutBacking {
+		return nil
+	}
+	b, err := openBacking(h, o)
+	if err == nil {
+		img.backing.Store(b)
+	}
+	return err
+}
+
+func (img *Image) closeOthers() error {
+	err := img.under().close()
+	if img.external() {
+		err = errors.Join(err, img.data.Close())
+	}
+	return err
+}
+
+// readHeader reads the header and the extensions.
 func readHeader(f storage.File, size int64) (*format.Header, error) {
 	b := make([]byte, min(size, 1<<format.MaxClusterBits))
 	if n, err := f.ReadAt(b, 0); n < len(b) {
@@ -87,90 +205,20 @@ func readHeader(f storage.File, size int64) (*format.Header, error) {
 
 // supported refuses what this package would read or write wrongly.
 func supported(h *format.Header, readOnly bool) error {
-	const state = format.IncompatDirty | format.IncompatCorrupt
-	if bits := h.Incompatible &^ state; bits != 0 {
-		return format.Unsupportedf("header", 72, "incompatible features: %s", h.IncompatibleNames(bits))
-	}
+	const known = format.IncompatDirty | format.IncompatCorrupt | format.IncompatDataFile | format.IncompatCompression | format.IncompatExtendedL2
 	switch {
-	case h.BackingFile != "":
-		return format.Unsupportedf("header", 8, "backing file %q", h.BackingFile)
-	case h.CryptMethod != 0:
+	case h.Incompatible&^known != 0:
+		return format.Unsupportedf("header", format.IncompatibleOffset, "incompatible features: %s", h.IncompatibleNames(h.Incompatible&^known))
+	case h.CryptMethod > cryptLUKS:
 		return format.Unsupportedf("header", 32, "encryption method %d", h.CryptMethod)
-	case h.Snapshots != 0:
-		return format.Unsupportedf("header", 60, "%d internal snapshots", h.Snapshots)
-	case h.Extension(format.ExtBitmaps) != nil:
-		return format.Unsupportedf("header extension", 0, "persistent dirty bitmaps")
+	case h.CompressionType > uint8(codec.Zstd):
+		return format.Unsupportedf("header", 104, "compression type %d", h.CompressionType)
+	case h.CryptMethod == cryptAES && !readOnly:
+		return format.Unsupportedf("header", 32, "the legacy encryption method is only read: convert the image to LUKS")
 	case h.Incompatible&format.IncompatCorrupt != 0 && !readOnly:
-		return format.Corruptf("header", 72, "the image is marked corrupt; it can be opened read-only, or repaired with qemu-img check -r all")
-	case h.Incompatible&format.IncompatDirty != 0 && !readOnly:
-		return format.Unsupportedf("header", 72, "the image is marked dirty: its refcounts must be rebuilt; it can be opened read-only, or repaired with qemu-img check -r all")
+		return format.Corruptf("header", format.IncompatibleOffset, "the image is marked corrupt; it can be opened read-only, or repaired")
 	}
 	return nil
-}
-
-// loadTables reads the refcount table and the L1 table, and checks that both, and all tables that they point to, lie inside the file
-// of size bytes, one beside the other.
-func (img *Image) loadTables(size uint64) error {
-	h := &img.header
-	img.metadata.add(run{0, 1})
-	var err error
-	if img.alloc.counts.table, err = img.loadTable("refcount table", h.RefcountTableOffset, h.RefcountTableBytes(), size); err != nil {
-		return err
-	}
-	if img.l1, err = img.loadTable("L1 table", h.L1Offset, h.L1Bytes(), size); err != nil {
-		return err
-	}
-	for i := range uint64(len(img.alloc.counts.table)) / format.EntrySize {
-		e := format.RefcountTableEntry(format.Entry(img.alloc.counts.table, i))
-		at := h.RefcountTableOffset + format.HostOffset(i*format.EntrySize)
-		if err := img.addPointed("refcount table", at, e.Offset(), e.Reserved(), size); err != nil {
-			return err
-		}
-	}
-	for i := range uint64(h.L1Entries) {
-		e := format.L1Entry(format.Entry(img.l1, i))
-		at := h.L1Offset + format.HostOffset(i*format.EntrySize)
-		if err := img.addPointed("L1 table", at, e.Offset(), e.Reserved(), size); err != nil {
-			return err
-		}
-	}
-	if img.alloc.counts.block(0) == 0 {
-		return format.Corruptf("refcount table", h.RefcountTableOffset, "no refcount block covers the header")
-	}
-	return nil
-}
-
-func (img *Image) loadTable(name string, off format.HostOffset, n, size uint64) ([]byte, error) {
-	if uint64(off) > size || n > size-uint64(off) {
-		return nil, format.Corruptf(name, off, "%d bytes reach past the end of the file at %d: it is truncated or damaged", n, size)
-	}
-	if n == 0 {
-		return nil, nil
-	}
-	if err := img.metadata.addTable(name, run{img.geometry.ClusterOf(off), img.geometry.ClustersFor(n)}); err != nil {
-		return nil, err
-	}
-	b := make([]byte, n)
-	if err := readFull(img.file, b, off); err != nil {
-		return nil, fmt.Errorf("read %s: %w", name, err)
-	}
-	return b, nil
-}
-
-// addPointed checks the table that the entry at at points to, and remembers it as metadata.
-func (img *Image) addPointed(name string, at, target format.HostOffset, reserved, size uint64) error {
-	g := img.geometry
-	switch {
-	case reserved != 0:
-		return format.Corruptf(name, at, "reserved bits %#x are set", reserved)
-	case target == 0:
-		return nil
-	case !g.Aligned(target):
-		return format.Corruptf(name, at, "points to %#x, which is not the start of a cluster", uint64(target))
-	case uint64(target) > size || g.ClusterSize() > size-uint64(target):
-		return format.Corruptf(name, at, "points to %#x, past the end of the file at %d: it is truncated or damaged", uint64(target), size)
-	}
-	return img.metadata.addTable(name, run{g.ClusterOf(target), 1})
 }
 
 // checkTail looks for refcounts of clusters behind the end of the file. A power loss may leave some, without a cluster that is in
@@ -210,15 +258,21 @@ func (img *Image) checkEntries() error {
 
 // clearAutoclear clears the autoclear bits, as every writer must that does not keep the features behind them valid.
 func (img *Image) clearAutoclear() error {
-	if img.header.Autoclear == 0 {
+	kept := img.header.Autoclear & format.AutoclearRawDataFile
+	if len(img.bitmaps.list) > 0 {
+		kept |= format.AutoclearBitmaps
+	}
+	if img.header.Autoclear == kept {
 		return nil
 	}
-	if _, err := img.file.WriteAt(make([]byte, 8), format.AutoclearOffset); err != nil {
+	b := make([]byte, 8)
+	binary.BigEndian.PutUint64(b, kept)
+	if _, err := img.file.WriteAt(b, format.AutoclearOffset); err != nil {
 		return fmt.Errorf("clear autoclear features: %w", err)
 	}
 	if err := img.file.Sync(); err != nil {
 		return fmt.Errorf("clear autoclear features: %w", err)
 	}
-	img.header.Autoclear = 0
+	img.header.Autoclear = kept
 	return nil
 }

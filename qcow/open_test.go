@@ -94,7 +94,7 @@ func TestOpenRefuses(t *testing.T) {
 	}{
 		{"empty file", func(m *handmade) { m.b = nil }, corrupt, "not a qcow2 image"},
 		{"another format", func(m *handmade) { copy(m.b, "conectix") }, corrupt, "not a qcow2 image"},
-		{"version 2", func(m *handmade) { m.patchHeader(atVersion, 4, 2) }, unsupported, "version 2"},
+		{"version 1", func(m *handmade) { m.patchHeader(atVersion, 4, 1) }, unsupported, "version 1"},
 		{"version 4", func(m *handmade) { m.patchHeader(atVersion, 4, 4) }, unsupported, "version 4"},
 		{"refcount_order 7", func(m *handmade) { m.patchHeader(atRefcountOrder, 4, 7) }, corrupt, "refcount_order 7"},
 		{"header length odd", func(m *handmade) { m.patchHeader(atHeaderLength, 4, 105) }, corrupt, "header length 105"},
@@ -138,16 +138,17 @@ func TestOpenRefuses(t *testing.T) {
 			m.patchHeader(atBackingLength, 4, 11)
 		}, unsupported, `backing file "/etc/shadow"`},
 		{"backing file name outside", func(m *handmade) { m.patchHeader(atBackingOffset, 8, 1<<63); m.patchHeader(atBackingLength, 4, 8) }, corrupt, "backing file name"},
-		{"encryption", func(m *handmade) { m.patchHeader(atCrypt, 4, 2) }, unsupported, "encryption method 2"},
-		{"snapshots", func(m *handmade) { m.patchHeader(atSnapshots, 4, 3); m.patchHeader(atSnapshotTable, 8, cluster) }, unsupported, "3 internal snapshots"},
+		{"encryption without a header", func(m *handmade) { m.patchHeader(atCrypt, 4, 2) }, corrupt, "encryption header"},
+		{"encryption method", func(m *handmade) { m.patchHeader(atCrypt, 4, 3) }, unsupported, "encryption method 3"},
+		{"snapshots that are none", func(m *handmade) { m.patchHeader(atSnapshots, 4, 3); m.patchHeader(atSnapshotTable, 8, cluster) }, corrupt, "snapshot"},
+		{"snapshots past the end", func(m *handmade) { m.patchHeader(atSnapshots, 4, 3); m.patchHeader(atSnapshotTable, 8, 1<<30) }, corrupt, "past the end of the file"},
 		{"too many snapshots", func(m *handmade) { m.patchHeader(atSnapshots, 4, 0xffffffff) }, corrupt, "snapshots"},
-		{"bitmaps", func(m *handmade) { m.insertExtension(format.ExtBitmaps, 24, "") }, unsupported, "bitmaps"},
-		{"data file", func(m *handmade) { m.patchHeader(atIncompatible, 8, format.IncompatDataFile) }, unsupported, "external data file (bit 2)"},
-		{"extended L2", func(m *handmade) { m.patchHeader(atIncompatible, 8, format.IncompatExtendedL2) }, unsupported, "extended L2 entries (bit 4)"},
+		{"data file without a name", func(m *handmade) { m.patchHeader(atIncompatible, 8, format.IncompatDataFile) }, unsupported, "does not name its external data file"},
+		{"extended L2 with small clusters", func(m *handmade) { m.patchHeader(atIncompatible, 8, format.IncompatExtendedL2) }, corrupt, "extended L2"},
 		{"compression type", func(m *handmade) {
 			m.patchHeader(atIncompatible, 8, format.IncompatCompression)
-			m.patchHeader(atCompression, 1, 1)
-		}, unsupported, "compression type (bit 3)"},
+			m.patchHeader(atCompression, 1, 2)
+		}, unsupported, "compression type 2"},
 		{"compression type without its bit", func(m *handmade) { m.patchHeader(atCompression, 1, 1) }, corrupt, "compression type 1"},
 		{"unknown feature", func(m *handmade) { m.patchHeader(atIncompatible, 8, 1<<63|1) }, unsupported, "unknown (bit 63)"},
 		{"unknown feature with a name", func(m *handmade) {
@@ -173,21 +174,44 @@ func TestOpenRefuses(t *testing.T) {
 	}
 }
 
-// Images that a crash or corruption has marked can be read, not written.
+// An image that a crash has marked dirty, as QEMU does with lazy refcounts, is repaired by its first writer.
+func TestOpenRepairsDirtyImage(t *testing.T) {
+	m := newHandmade(t, qcow.CreateOptions{Size: 64 << 10, ClusterSize: 1024}, func(img *qcow.Image) {
+		writeAt(t, img, repeated(1, 5000), 0)
+	})
+	m.patchHeader(atIncompatible, 8, format.IncompatDirty)
+	for c := range uint64(3) { // refcounts that were not written in time
+		m.setRefcount(m.host(c), 0)
+	}
+	m.setRefcount(m.h.OffsetOf(format.Cluster(len(m.b)/1024-1)), 5)
+	f := m.file()
+	change(t, f, func(img *qcow.Image) {
+		if img.Info().Dirty {
+			t.Error("the image is still marked")
+		}
+		expectAt(t, img, repeated(1, 5000), 0)
+		writeAt(t, img, repeated(2, 9000), 20000)
+		expectAt(t, img, repeated(1, 5000), 0)
+	})
+	expectClean(t, f.Bytes())
+}
+
+// Images that are marked can be read, and those marked corrupt not written.
 func TestOpenMarkedImage(t *testing.T) {
 	for _, c := range []struct {
-		bit   uint64
-		class error
-		what  string
+		bit  uint64
+		what string
 	}{
-		{format.IncompatDirty, qcow.ErrUnsupported, "marked dirty"},
-		{format.IncompatCorrupt, qcow.ErrCorrupt, "marked corrupt"},
+		{format.IncompatDirty, "marked dirty"},
+		{format.IncompatCorrupt, "marked corrupt"},
 	} {
 		m := newHandmade(t, qcow.CreateOptions{Size: 64 << 10, ClusterSize: 1024}, func(img *qcow.Image) {
 			writeAt(t, img, repeated(1, 5000), 0)
 		})
 		m.patchHeader(atIncompatible, 8, c.bit)
-		m.expectRefused(qcow.Options{}, c.class, c.what)
+		if c.bit == format.IncompatCorrupt {
+			m.expectRefused(qcow.Options{}, qcow.ErrCorrupt, c.what)
+		}
 
 		f := m.file()
 		img := open(t, f, qcow.Options{ReadOnly: true})

@@ -1,6 +1,7 @@
 package qcow
 
 import (
+	"errors"
 	"sync"
 
 	"github.com/qcow-csi/qcow-csi/qcow/format"
@@ -12,6 +13,9 @@ const quarantineLimit = 1 << 16
 // quarantine holds clusters that no table mentions any more, but a table on disk may, since that was not synced yet,
 // and requests may still be using. They keep their refcount and content until [Image.reclaim].
 type quarantine struct {
+	// emptying is read-locked from the moment clusters are taken out until they are given back, or here again.
+	emptying sync.RWMutex
+
 	mu   sync.Mutex
 	runs []run
 	n    uint64
@@ -67,7 +71,15 @@ func (img *Image) Flush() error {
 }
 
 func (img *Image) flush() (reclaimErr, err error) {
+	img.quarantine.emptying.RLock()
+	defer img.quarantine.emptying.RUnlock()
 	unlinked := img.quarantine.takeAll()
+	if img.external() {
+		if err := img.syncData(); err != nil {
+			img.quarantine.putBack(unlinked)
+			return nil, err
+		}
+	}
 	if err := img.sync(); err != nil {
 		img.quarantine.putBack(unlinked)
 		return nil, err
@@ -78,13 +90,27 @@ func (img *Image) flush() (reclaimErr, err error) {
 	return img.reclaim(sortRuns(unlinked)), nil
 }
 
+// emptyQuarantine flushes until every cluster that was unlinked is given back, and keeps others from flushing until release is called: whoever
+// counts references must not find some that no table mentions. Nothing is unlinked meanwhile, since the image is frozen.
+func (img *Image) emptyQuarantine() (release func(), err error) {
+	for {
+		reclaimErr, err := img.flush()
+		if err := errors.Join(reclaimErr, err); err != nil {
+			return nil, err
+		}
+		img.quarantine.emptying.Lock()
+		if img.quarantine.length() == 0 {
+			return img.quarantine.emptying.Unlock, nil
+		}
+		img.quarantine.emptying.Unlock() // another flush has put something back
+	}
+}
+
 // reclaim frees clusters whose un-linking is durable (rule 2), in ascending runs: it waits until nobody uses them, punches them, and only
 // then lowers their refcounts, so that whoever allocates them next can't meet a late punch (rule 6).
 func (img *Image) reclaim(runs []run) error {
-	if err := img.mayRelease(runs); err != nil {
-		return img.poison(err)
-	}
 	img.epochs.wait()
+	img.unpacked.forget()
 	for i, x := range runs {
 		done, err := img.release(x)
 		if err != nil {
@@ -96,36 +122,36 @@ func (img *Image) reclaim(runs []run) error {
 	return nil
 }
 
-// mayRelease checks that every cluster was unlinked once, and is not metadata.
-func (img *Image) mayRelease(runs []run) error {
-	for i, x := range runs {
-		if c, found := img.metadata.find(x); found {
-			return format.Corruptf("L2 table", img.geometry.OffsetOf(c), "a discarded cluster holds metadata")
-		}
-		if i > 0 && x.first < runs[i-1].end() {
-			return format.Corruptf("L2 table", img.geometry.OffsetOf(x.first), "a discarded cluster was mapped twice")
-		}
-	}
-	return nil
-}
-
-// release punches and frees the clusters of x; when it fails, the first done of them are dealt with. A cluster with a refcount above 1,
-// which only an old table can have here, belongs to somebody else or is a leak, and stays.
+// release takes one reference from each cluster of x, and punches and frees those that have none left; when it fails, the first done of
+// them are dealt with.
 func (img *Image) release(x run) (done uint64, err error) {
 	g := img.geometry
 	for done < x.n {
 		c := x.first + format.Cluster(done)
-		sole, err := img.alloc.soleRun(run{c, x.n - done})
+		sole, count, err := img.alloc.soleRun(run{c, x.n - done})
 		if err != nil {
 			return done, err
 		}
 		if sole == 0 {
-			done++
+			if count == 0 {
+				return done, img.markCorrupt(format.Corruptf("refcount block", g.OffsetOf(c), "a cluster that was in use has the refcount 0"))
+			}
+			lowered, err := img.alloc.lower(c)
+			if err != nil {
+				return done, err
+			}
+			if lowered {
+				done++
+			}
 			continue
+		}
+		if c, found := img.metadata.find(run{c, sole}); found {
+			return done, img.markCorrupt(format.Corruptf("L2 table", g.OffsetOf(c), "a discarded cluster holds metadata"))
 		}
 		if err := img.file.PunchHole(int64(g.OffsetOf(c)), int64(sole<<g.ClusterBits)); err != nil {
 			return done, err
 		}
+		img.tables.drop(run{c, sole})
 		n, err := img.alloc.free(run{c, sole})
 		done += n
 		if err != nil {

@@ -1,15 +1,14 @@
 package qcow
 
 import (
-	"errors"
 	"io"
 
 	"github.com/qcow-csi/qcow-csi/qcow/format"
 )
 
 // ReadAt implements io.ReaderAt on the virtual disk: a read that reaches past its end returns the bytes before the end and
-// io.EOF. It fails with ErrCorrupt on tables that contradict themselves or the length of the file, and with
-// ErrUnsupported on compressed clusters.
+// io.EOF. It fails with ErrCorrupt on tables that contradict themselves or the length of the file, and on compressed data that is
+// damaged.
 func (img *Image) ReadAt(p []byte, off int64) (int, error) {
 	if off < 0 {
 		return 0, format.Invalidf("negative offset %d", off)
@@ -26,28 +25,39 @@ func (img *Image) ReadAt(p []byte, off int64) (int, error) {
 		return 0, err
 	}
 	defer img.epochs.leave(epoch)
+	n, err := img.readGuest(p, format.GuestOffset(off))
+	if err != nil {
+		return n, err
+	}
+	return n, short
+}
+
+// readGuest reads from the virtual disk, inside an epoch. It returns how many bytes it read before an error.
+func (img *Image) readGuest(p []byte, off format.GuestOffset) (int, error) {
 	for done := 0; done < len(p); {
-		m, err := img.lookup(format.GuestOffset(off)+format.GuestOffset(done), uint64(len(p)-done))
+		m, err := img.lookup(off+format.GuestOffset(done), uint64(len(p)-done))
 		if err != nil {
 			return done, err
 		}
 		part := p[done:][:m.length]
-		if m.kind != format.Data {
-			clear(part)
-		} else if n, err := img.readData(part, m.host); err != nil {
-			return done + n, err
+		if err := img.readMapped(part, off+format.GuestOffset(done), &m); err != nil {
+			return done, err
 		}
 		done += len(part)
 	}
-	return len(p), short
+	return len(p), nil
 }
 
-// readData reads guest data. The file may end inside its last cluster; the rest of that reads as zeroes.
-func (img *Image) readData(p []byte, host format.HostOffset) (int, error) {
-	n, err := img.file.ReadAt(p, int64(host))
-	if err != nil && !errors.Is(err, io.EOF) {
-		return n, err
+// readMapped reads what m says of the bytes at off.
+func (img *Image) readMapped(p []byte, off format.GuestOffset, m *mapping) error {
+	switch {
+	case m.kind == format.Data:
+		return img.readHost(p, m.host, off)
+	case m.kind == format.Compressed:
+		return img.readCompressed(p, off, m)
+	case m.absent():
+		return img.under().readAt(p, int64(off))
 	}
-	clear(p[n:])
-	return len(p), nil
+	clear(p)
+	return nil
 }

@@ -114,6 +114,27 @@ func (r *refcounts) perSlice() uint64 {
 	return r.img.tables.sliceSize * 8 >> r.img.geometry.RefcountOrder
 }
 
+// usedClusters returns how many clusters from first on and before end have a refcount other than 0.
+func (r *refcounts) usedClusters(first, end uint64) (used uint64, err error) {
+	perBlock := r.img.geometry.BlockEntries()
+	for c := first; c < end; {
+		next := min(end, (c/perBlock+1)*perBlock)
+		if r.block(format.Cluster(c)) != 0 {
+			for ; c < next; c++ {
+				count, err := r.get(format.Cluster(c))
+				if err != nil {
+					return 0, err
+				}
+				if count != 0 {
+					used++
+				}
+			}
+		}
+		c = next
+	}
+	return used, nil
+}
+
 // block returns where the refcount block of a cluster is, 0 where there is none.
 func (r *refcounts) block(c format.Cluster) format.HostOffset {
 	i := uint64(c) >> r.img.geometry.BlockBits()
@@ -172,7 +193,7 @@ func (r *refcounts) cover(c format.Cluster) (used run, err error) {
 	}
 	entry := make([]byte, format.EntrySize)
 	format.PutEntry(entry, 0, uint64(g.OffsetOf(start)))
-	if err := r.img.overwrite(entryOffset(r.offset, i), make([]byte, format.EntrySize), entry); err != nil {
+	if err := r.img.overwrite(r.offset+format.HostOffset(i*format.EntrySize), make([]byte, format.EntrySize), entry); err != nil {
 		return run{}, fmt.Errorf("refcount table entry %d: %w", i, err)
 	}
 	format.PutEntry(r.table, i, uint64(g.OffsetOf(start)))

@@ -7,64 +7,106 @@ import (
 	"github.com/qcow-csi/qcow-csi/qcow/format"
 )
 
-// Resize makes the virtual disk size bytes long, a multiple of 512. The bytes gained read as zeroes. It is durable when Resize returns
-// nil, and requests go on meanwhile. The size it has already is success; a smaller one is ErrUnsupported, one that the
-// format can't express ErrInvalid.
+// Resize makes the virtual disk size bytes long, a multiple of 512. The bytes gained read as zeroes; those lost are lost, their space
+// goes back to the file system, and they stay in internal snapshots. It is durable when Resize returns nil, and a crash leaves the one
+// size or the other. Requests go on meanwhile; while the disk shrinks, those that change it wait. The size it has already is success, one
+// that the format can't express ErrInvalid.
 func (img *Image) Resize(ctx context.Context, size int64) error {
-	img.maintenance.RLock()
-	defer img.maintenance.RUnlock()
-	if err := img.usable(); err != nil {
+	end, err := img.maintain(ctx)
+	if err != nil {
 		return err
 	}
-	if err := img.writable(); err != nil {
-		return err
-	}
-	img.resizing.Lock()
-	defer img.resizing.Unlock()
-	if err := ctx.Err(); err != nil {
-		return err
-	}
-	old := img.Size()
-	switch {
+	defer end()
+	switch old := img.Size(); {
 	case size == old:
 		return nil
-	case size < old:
-		return fmt.Errorf("%w: shrinking the disk from %d to %d bytes", ErrUnsupported, old, size)
-	case size%format.SectorSize != 0 || uint64(size) > img.geometry.MaxVirtualSize():
+	case size < 0 || size%format.SectorSize != 0 || uint64(size) > img.geometry.MaxVirtualSize():
 		return format.Invalidf("size %d is not a multiple of %d or exceeds the limit of %d for clusters of %d bytes", size, format.SectorSize, img.geometry.MaxVirtualSize(), img.geometry.ClusterSize())
 	}
+	if err := img.completeSnapshots(); err != nil {
+		return err
+	}
+	if err := img.bitmaps.mayResize(uint64(size)); err != nil {
+		return err
+	}
+	if old := img.Size(); size > old {
+		if len(img.bitmaps.list) > 0 { // they switch together with the size, for which nobody may wait for a claim held here
+			thaw := img.freeze()
+			defer thaw()
+		}
+		return img.grow(old, size)
+	}
+	return img.shrink(ctx, size)
+}
+
+func (img *Image) grow(old, size int64) error {
 	if img.geometry.InCluster(format.GuestOffset(old)) != 0 {
 		// While the last cluster is claimed, nobody unlinks it believing that the disk ends inside it.
 		last := uint64(old) >> img.geometry.ClusterBits
 		claim := img.claims.acquire(last, last+1)
 		defer img.claims.release(claim)
 	}
+	entries := img.geometry.L1EntriesFor(uint64(size))
+	larger := entries > uint64(len(img.l1))/format.EntrySize
+	if larger && (img.under() != nil || len(img.bitmaps.list) > 0) { // what is cleared may need entries that are not there yet
+		if err := img.growL1(entries, old); err != nil {
+			return err
+		}
+		larger = false
+	}
 	if err := img.clearBehind(old, size); err != nil {
 		return err
 	}
-	if entries := img.geometry.L1EntriesFor(uint64(size)); entries > uint64(len(img.l1))/format.EntrySize {
-		if err := img.growL1(entries, size); err != nil {
-			return err
-		}
-	} else if err := img.switchHeader(func(h *format.Header) { h.Size = uint64(size) }); err != nil {
+	var err error
+	if larger {
+		err = img.growL1(entries, size)
+	} else {
+		err = img.switchSize(old, size)
+	}
+	if err != nil {
 		return err
 	}
 	img.size.Store(size)
 	return nil
 }
 
-// clearBehind makes the bytes between the end of the disk and its new end read as zeroes: the rest of its last cluster, and clusters
-// behind that which the tables of an image from elsewhere may map.
+// clearBehind makes the bytes between the end of the disk and its new end read as zeroes: the rest of its last cluster, clusters
+// behind that which the tables of an image from elsewhere may map, and what a backing file that is longer has there.
 func (img *Image) clearBehind(old, size int64) error {
 	epoch := img.epochs.enter()
 	defer img.epochs.leave(epoch)
 	cluster := int64(img.geometry.ClusterSize())
 	boundary := old + (-old & (cluster - 1))
-	if err := img.zeroInPlace(old, min(boundary, size)); err != nil {
+	if err := img.clearClaimed(old, min(boundary, size)); err != nil {
 		return err
 	}
-	mapped := uint64(len(img.l1)) / format.EntrySize * img.geometry.L2Span()
-	return img.unmap(boundary, int64(min(uint64(size+(-size&(cluster-1))), mapped)))
+	if !img.canMarkZero() {
+		return img.overwriteWithZeroes(boundary, size)
+	}
+	return img.unmap(boundary, size+(-size&(cluster-1)))
+}
+
+// clearClaimed zeroes the rest of the disk's last cluster, which the caller has claimed.
+func (img *Image) clearClaimed(off, end int64) error {
+	for off < end {
+		m, err := img.lookup(format.GuestOffset(off), uint64(end-off))
+		if err != nil {
+			return err
+		}
+		n, zero, err := img.zeroAtStart(&m, off)
+		if err != nil {
+			return err
+		}
+		for done := int64(0); !zero && done < n; {
+			k, err := img.writeClaimed(zeroes[:min(n-done, int64(len(zeroes)))], format.GuestOffset(off+done))
+			if err != nil {
+				return err
+			}
+			done += int64(k)
+		}
+		off += n
+	}
+	return nil
 }
 
 // growL1 builds a larger L1 table aside and switches to it and to the new size at once (rule 8).
@@ -94,9 +136,7 @@ func (img *Image) growL1(entries uint64, size int64) error {
 		return err
 	}
 	old := run{g.ClusterOf(img.l1offset), g.ClustersFor(uint64(len(img.l1)))}
-	img.l1mu.Lock()
-	img.l1, img.l1offset = table[:n], g.OffsetOf(x.first)
-	img.l1mu.Unlock()
+	img.activate(table[:n], x)
 	img.metadata.remove(old)
 	img.quarantine.add(old)
 	return nil

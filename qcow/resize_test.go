@@ -257,9 +257,7 @@ func TestResizeRefuses(t *testing.T) {
 		want error
 	}{
 		{1 << 20, nil}, // it has that size
-		{1<<20 - 512, qcow.ErrUnsupported},
-		{0, qcow.ErrUnsupported},
-		{-512, qcow.ErrUnsupported},
+		{-512, qcow.ErrInvalid},
 		{1<<20 + 1, qcow.ErrInvalid},
 		{128<<30 + 512, qcow.ErrInvalid}, // an L1 table of 32 MiB maps 128 GiB in clusters of 512 bytes
 		{1<<63 - 512, qcow.ErrInvalid},

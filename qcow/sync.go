@@ -1,8 +1,12 @@
 package qcow
 
 import (
+	"encoding/binary"
 	"fmt"
 	"sync"
+
+	"github.com/qcow-csi/qcow-csi/qcow/format"
+	"github.com/qcow-csi/qcow-csi/qcow/storage"
 )
 
 // groupSync lets callers that want the file synced at the same time share one sync. A sync that began before
@@ -50,13 +54,27 @@ func (s *groupSync) do(fn func() error) error {
 
 // sync makes everything written so far durable. A sync that failed once poisons the image: what is on disk is unknown, and
 // asking again would only hide that.
-func (img *Image) sync() error {
+func (img *Image) sync() error { return img.syncFile(img.syncs, img.file) }
+
+// syncData makes all guest data written so far durable.
+func (img *Image) syncData() error {
+	if img.external() {
+		return img.syncFile(img.dataSyncs, img.data)
+	}
+	return img.sync()
+}
+
+func (img *Image) syncFile(group *groupSync, f storage.File) error {
 	if err := img.poisoned(); err != nil {
 		return err
 	}
-	err := img.syncs.do(func() error {
-		if err := img.file.Sync(); err != nil {
+	err := group.do(func() error {
+		changed := img.tablesDurable.changed.Load()
+		if err := f.Sync(); err != nil {
 			return img.poison(fmt.Errorf("sync image: %w", err))
+		}
+		if f == img.file {
+			img.tablesDurable.covered(changed)
 		}
 		return nil
 	})
@@ -79,4 +97,21 @@ func (img *Image) poisoned() error {
 		return *err
 	}
 	return nil
+}
+
+// markCorrupt says in the header that the image contradicts itself, so that nobody writes to it before it was repaired, and poisons it.
+// It returns the error to report. An image of version 2 has no place for the mark.
+func (img *Image) markCorrupt(err error) error {
+	img.headerMu.Lock()
+	defer img.headerMu.Unlock()
+	if img.readOnly || img.poisoned() != nil || img.version < 3 {
+		return img.poison(err)
+	}
+	bits := make([]byte, 8)
+	binary.BigEndian.PutUint64(bits, img.header.Incompatible|format.IncompatCorrupt)
+	if _, failed := img.file.WriteAt(bits, format.IncompatibleOffset); failed == nil {
+		img.header.Incompatible |= format.IncompatCorrupt
+		_ = img.file.Sync() // the mark is a help for later, the error below is what counts
+	}
+	return img.poison(err)
 }

@@ -17,10 +17,12 @@ const maxSlice = 4096
 // write goes to the file first and to the slice when that has succeeded. So an eviction loses nothing, and
 // what was acknowledged survives a kill.
 type tableCache struct {
-	file      storage.File
-	write     func(off format.HostOffset, old, b []byte) error // Image.overwrite
-	sliceSize uint64
-	capacity  int // slices
+	file        storage.File
+	write       func(off format.HostOffset, old, b []byte) error // Image.overwrite
+	sliceSize   uint64
+	capacity    int // slices
+	clusterBits uint32
+	share       *share
 
 	mu     sync.RWMutex
 	slices map[format.HostOffset]*tableSlice
@@ -31,8 +33,10 @@ type tableCache struct {
 // tableSlice is a piece of a table. While pins is not 0 it stays in the cache, so there is never a second copy of it.
 type tableSlice struct {
 	off   format.HostOffset
+	place int // in tableCache.clock
 	pins  atomic.Int32
 	used  atomic.Bool
+	idle  uint8         // sweeps since it was used; tableCache.mu guards it
 	ready chan struct{} // closed when b or err is set
 	err   error
 
@@ -40,15 +44,18 @@ type tableSlice struct {
 	b  []byte
 }
 
-func newTableCache(img *Image, bytes int64) *tableCache {
+func newTableCache(img *Image, bytes int64, budget *CacheBudget) *tableCache {
 	size := min(img.geometry.ClusterSize(), maxSlice)
-	return &tableCache{
-		file:      img.file,
-		write:     img.overwrite,
-		sliceSize: size,
-		capacity:  int(max(bytes/int64(size), 16)),
-		slices:    make(map[format.HostOffset]*tableSlice),
+	c := &tableCache{
+		file:        img.file,
+		write:       img.overwrite,
+		sliceSize:   size,
+		clusterBits: img.geometry.ClusterBits,
+		capacity:    int(max(bytes/int64(size), minSlices)),
+		slices:      make(map[format.HostOffset]*tableSlice),
 	}
+	c.share = budget.join(c)
+	return c
 }
 
 // pin returns the slice that holds off, reading it if need be. The caller unpins it.
@@ -90,7 +97,12 @@ func (c *tableCache) insert(start format.HostOffset) (s *tableSlice, mine bool) 
 	s = &tableSlice{off: start, ready: make(chan struct{})}
 	s.pins.Store(1)
 	c.slices[start] = s
-	if len(c.clock) < c.capacity || !c.replace(s) {
+	room := len(c.clock) < c.capacity && c.share.take(int64(c.sliceSize), len(c.clock) < minSlices)
+	if room || !c.replace(s) {
+		if !room { // every slice is pinned
+			c.share.take(int64(c.sliceSize), true)
+		}
+		s.place = len(c.clock)
 		c.clock = append(c.clock, s)
 	}
 	return s, true
@@ -106,6 +118,7 @@ func (c *tableCache) replace(s *tableSlice) bool {
 			continue
 		}
 		delete(c.slices, old.off)
+		s.place = c.hand
 		c.clock[c.hand] = s
 		return true
 	}
@@ -127,15 +140,45 @@ func (c *tableCache) load(s *tableSlice) {
 func (c *tableCache) forget(s *tableSlice) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	delete(c.slices, s.off)
-	for i, x := range c.clock {
-		if x == s {
-			last := len(c.clock) - 1
-			c.clock[i] = c.clock[last]
-			c.clock = c.clock[:last]
-			break
+	if c.slices[s.off] == s {
+		c.remove(s.off)
+	}
+}
+
+// drop forgets the slices of clusters that hold no table any more. Nobody has them pinned.
+func (c *tableCache) drop(x run) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if len(c.slices) == 0 {
+		return
+	}
+	start, end := uint64(x.first)<<c.clusterBits, uint64(x.end())<<c.clusterBits
+	if (end-start)/c.sliceSize <= uint64(len(c.slices)) {
+		for off := start; off < end; off += c.sliceSize {
+			c.remove(format.HostOffset(off))
+		}
+		return
+	}
+	for off := range c.slices {
+		if uint64(off) >= start && uint64(off) < end {
+			c.remove(off)
 		}
 	}
+}
+
+// remove forgets a slice, if it is here.
+func (c *tableCache) remove(off format.HostOffset) {
+	s := c.slices[off]
+	if s == nil {
+		return
+	}
+	delete(c.slices, off)
+	last := len(c.clock) - 1
+	c.clock[s.place] = c.clock[last]
+	c.clock[s.place].place = s.place
+	c.clock[last] = nil
+	c.clock = c.clock[:last]
+	c.share.giveBack(int64(c.sliceSize))
 }
 
 // update changes n bytes at off, which lie in one slice: fn edits a copy of them, which goes to the file and then

@@ -16,7 +16,7 @@ const testSlice = 512
 
 // newTestCache returns a cache of so many slices over f.
 func newTestCache(f storage.File, capacity int) *tableCache {
-	return &tableCache{
+	c := &tableCache{
 		file: f,
 		write: func(off format.HostOffset, _, b []byte) error {
 			_, err := f.WriteAt(b, int64(off))
@@ -26,6 +26,8 @@ func newTestCache(f storage.File, capacity int) *tableCache {
 		capacity:  capacity,
 		slices:    make(map[format.HostOffset]*tableSlice),
 	}
+	c.share = NewCacheBudget(1 << 30).join(c)
+	return c
 }
 
 // expectConsistent expects that nothing is pinned, and that the cache holds every slice once and what the file holds.

@@ -1,22 +1,43 @@
 package qcow
 
 import (
-	"fmt"
-
 	"github.com/qcow-csi/qcow-csi/qcow/format"
 )
 
 // WriteAt writes p to the virtual disk at off. Once it has returned nil the data is in the file and outlives the process;
-// Flush makes it outlive the machine. A write that reaches past the end of the disk is ErrInvalid and writes nothing. After another
-// error some of the bytes before n+1 may be written, those behind are not mapped anew.
+// Flush makes it outlive the machine. A write that reaches past the end of the disk is ErrInvalid and writes nothing; so does one to an
+// encrypted image that is not whole sectors. After another error some of the bytes before n+1 may be written, those behind are not
+// mapped anew.
 func (img *Image) WriteAt(p []byte, off int64) (n int, err error) {
+	if img.detectZeroes && isZero(p) {
+		if err := img.WriteZeroes(off, int64(len(p)), true); err != nil {
+			return 0, err
+		}
+		return len(p), nil
+	}
 	epoch, err := img.begin(off, int64(len(p)), true)
 	if err != nil {
 		return 0, err
 	}
 	defer img.epochs.leave(epoch)
+	if err := img.wholeSectors(off, int64(len(p))); err != nil {
+		return 0, err
+	}
+	return img.writeGuest(p, format.GuestOffset(off))
+}
+
+// wholeSectors refuses ranges that can't be encrypted.
+func (img *Image) wholeSectors(off, n int64) error {
+	if img.cipher != nil && (off|n)%format.SectorSize != 0 {
+		return format.Invalidf("%d bytes at %d: an encrypted image is written in whole sectors of %d bytes", n, off, format.SectorSize)
+	}
+	return nil
+}
+
+// writeGuest writes to the virtual disk, inside an epoch. It returns how many bytes it wrote before an error.
+func (img *Image) writeGuest(p []byte, off format.GuestOffset) (n int, err error) {
 	for n < len(p) {
-		k, err := img.writeSome(p[n:], format.GuestOffset(off)+format.GuestOffset(n))
+		k, err := img.writeSome(p[n:], off+format.GuestOffset(n))
 		n += k
 		if err != nil {
 			return n, err
@@ -31,102 +52,54 @@ func (img *Image) writeSome(p []byte, off format.GuestOffset) (int, error) {
 	if err != nil {
 		return 0, err
 	}
-	if m.kind == format.Data {
-		return img.writeInPlace(p[:m.length], &m)
+	if m.kind == format.Data && !img.moving.overlaps(uint64(off), m.length) {
+		if owned, err := img.ownedRun(&m); err != nil {
+			return 0, err
+		} else if owned > 0 {
+			return img.writeInPlace(p[:owned], off, &m)
+		}
 	}
-	return img.writeNew(p[:m.length], off)
+	return img.writeNew(p, off)
 }
 
-// writeInPlace writes into clusters that the guest owns already.
-func (img *Image) writeInPlace(p []byte, m *mapping) (int, error) {
-	if err := img.metadata.mustBeData(m.host, uint64(len(p))); err != nil {
+// writeInPlace writes into clusters that the active tables alone refer to.
+func (img *Image) writeInPlace(p []byte, off format.GuestOffset, m *mapping) (int, error) {
+	if err := img.mustBeData(m.host, uint64(len(p))); err != nil {
 		return 0, err
 	}
-	if !m.copied {
-		if err := img.mustBeSole(m.host, uint64(len(p))); err != nil {
-			return 0, err
-		}
-	}
-	return img.file.WriteAt(p, int64(m.host))
+	return img.writeHost(p, m.host, off)
 }
 
-// mustBeSole checks, for clusters without the COPIED flag, that they have one owner all the same. Without internal snapshots nothing
-// else is valid.
-func (img *Image) mustBeSole(host format.HostOffset, n uint64) error {
+// ownedRun returns how many bytes at the start of m lie in clusters that may be written in place: COPIED says so (rule 7), or the
+// refcount does.
+func (img *Image) ownedRun(m *mapping) (uint64, error) {
+	if m.copied || img.external() {
+		return m.length, nil
+	}
 	g := img.geometry
-	for c := g.ClusterOf(host); c <= g.ClusterOf(host+format.HostOffset(n-1)); c++ {
-		count, err := img.alloc.refcount(c)
-		if err != nil {
-			return err
-		}
-		if count != 1 {
-			return format.Corruptf("refcount block", g.OffsetOf(c), "a data cluster in use has the refcount %d", count)
-		}
+	first := g.ClusterOf(m.host)
+	clusters := uint64(g.ClusterOf(m.host+format.HostOffset(m.length-1))-first) + 1
+	sole, next, err := img.alloc.soleRun(run{first, clusters})
+	switch {
+	case err != nil:
+		return 0, err
+	case sole == clusters:
+		return m.length, nil
+	case sole == 0 && next == 0:
+		return 0, img.markCorrupt(format.Corruptf("refcount block", g.OffsetOf(first), "a data cluster in use has the refcount 0"))
+	case sole == 0:
+		return 0, nil
+	}
+	return uint64(g.OffsetOf(first+format.Cluster(sole)) - m.host), nil
+}
+
+// mustBeData checks that guest data may be written to n bytes at host (rule 11). An image in which that is not so is marked corrupt.
+func (img *Image) mustBeData(host format.HostOffset, n uint64) error {
+	if img.external() {
+		return nil
+	}
+	if err := img.metadata.mustBeData(host, n); err != nil {
+		return img.markCorrupt(err)
 	}
 	return nil
-}
-
-// writeNew writes p, which begins in a guest cluster that has no data cluster, to a new one, and as many as follow without a gap. The
-// order is: data, then the L2 entries. A crash between leaks the clusters, nothing else.
-func (img *Image) writeNew(p []byte, off format.GuestOffset) (int, error) {
-	g := img.geometry
-	first := uint64(off) >> g.ClusterBits
-	end := (uint64(off)+uint64(len(p))-1)>>g.ClusterBits + 1
-	claim := img.claims.acquire(first, end)
-	defer img.claims.release(claim)
-
-	// Another request may have mapped the clusters before the claim was granted.
-	m, err := img.lookup(off, uint64(len(p)))
-	if err != nil {
-		return 0, err
-	}
-	p = p[:m.length]
-	if m.kind == format.Data {
-		return img.writeInPlace(p, &m)
-	}
-	if m.kind == format.ZeroAllocated {
-		if err := img.mayUnlink(&m); err != nil {
-			return 0, err
-		}
-	}
-	table := m.table
-	if table == 0 {
-		if table, err = img.makeL2Table(off); err != nil {
-			return 0, err
-		}
-	}
-	skip := g.InCluster(off)
-	p = p[:min(uint64(len(p)), img.sliceSpan(off))]
-	x, err := img.alloc.take(g.ClustersFor(skip + uint64(len(p))))
-	if err != nil {
-		return 0, err
-	}
-	p = p[:min(uint64(len(p)), x.n<<g.ClusterBits-skip)]
-	host := g.OffsetOf(x.first)
-	if err := img.metadata.mustBeData(host, x.n<<g.ClusterBits); err != nil {
-		img.alloc.giveBack(x)
-		return 0, err
-	}
-	if _, err := img.file.WriteAt(p, int64(host)+int64(skip)); err != nil {
-		img.alloc.giveBack(x)
-		return 0, fmt.Errorf("write %d bytes to new clusters at %#x: %w", len(p), uint64(host), err)
-	}
-	err = img.setEntries(table, off, x.n, func(i uint64) format.L2Entry {
-		return format.NewL2Entry(host+format.HostOffset(i<<g.ClusterBits), true)
-	})
-	if err != nil {
-		img.alloc.giveBack(x)
-		return 0, err
-	}
-	if m.kind == format.ZeroAllocated {
-		img.quarantine.add(run{g.ClusterOf(m.host), x.n})
-	}
-	return len(p), nil
-}
-
-// sliceSpan returns how many guest bytes from off on have their L2 entries in one slice.
-func (img *Image) sliceSpan(off format.GuestOffset) uint64 {
-	g := img.geometry
-	perSlice := img.tables.sliceSize / format.EntrySize
-	return (perSlice-g.L2Index(off)%perSlice)<<g.ClusterBits - g.InCluster(off)
 }

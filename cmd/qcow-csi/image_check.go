@@ -1,13 +1,14 @@
 package main
 
 import (
-	"errors"
+	"context"
 	"fmt"
 	"io"
 
 	"github.com/spf13/cobra"
 
 	"github.com/qcow-csi/qcow-csi/qcow/check"
+	"github.com/qcow-csi/qcow-csi/qcow/repair"
 	"github.com/qcow-csi/qcow-csi/qcow/storage"
 )
 
@@ -17,50 +18,96 @@ const (
 	exitLeaks   = 3
 )
 
+// checkup is a check of an image, with or without a repair before it.
+type checkup struct {
+	access
+	repair   repairMode // "": none
+	dryRun   bool
+	memory   sizeValue
+	output   *outputFormat
+	progress *progressFlags
+}
+
 func newImageCheckCommand() *cobra.Command {
+	c := checkup{memory: 1 << 30}
 	cmd := &cobra.Command{
-		Use:   "check IMAGE [--output human|json] [--max-memory SIZE]",
+		Use:   "check IMAGE [-r leaks|all] [-U] [--output human|json] [--max-memory SIZE]",
 		Short: "Check the consistency of an image",
-		Long: `Check whether the tables of an image agree with each other. Nothing is changed. Images with internal snapshots or
-bitmaps can be checked too.
+		Long: `Check whether the tables of an image agree with each other, and print what is wrong. Nothing is changed; -r repairs first, as "image
+repair" does. Backing files and data files are not looked at, and no passphrase is needed.
 
 The exit status is 0 when the image is clean, 3 when it has leaked clusters, which waste space but harm nothing,
 2 when it is corrupt, and 1 when it could not be checked. In JSON the names are those of qemu-img check; "findings" is an addition.`,
 		Example: `  qcow-csi image check disk.qcow2
-  qcow-csi image check --output json disk.qcow2 | jq .findings`,
+  qcow-csi image check --output json disk.qcow2 | jq .findings
+  qcow-csi image check -r leaks disk.qcow2`,
 		Args: cobra.ExactArgs(1),
 	}
-	output := addOutputFlag(cmd)
-	memory := sizeValue(1 << 30)
-	cmd.Flags().Var(&memory, "max-memory", "give up rather than use more memory for what is known of clusters; 1G suffices for 10 TiB of data in clusters of 64 KiB")
-	cmd.RunE = func(cmd *cobra.Command, args []string) error {
-		report, err := checkFile(cmd, args[0], int64(memory))
-		if err != nil {
-			return err
-		}
-		if *output == outputJSON {
-			err = writeJSON(cmd.OutOrStdout(), newImageCheck(args[0], report))
-		} else {
-			err = printReport(cmd.OutOrStdout(), report)
-		}
-		if err != nil {
-			return err
-		}
-		return verdict(args[0], report)
-	}
+	c.output = addOutputFlag(cmd)
+	c.progress = addProgressFlags(cmd)
+	addShareFlag(cmd, &c.access)
+	cmd.Flags().VarP(&c.repair, "repair", "r", "repair before the check")
+	c.addMemoryFlag(cmd)
+	cmd.MarkFlagsMutuallyExclusive("repair", "force-share")
+	cmd.RunE = func(cmd *cobra.Command, args []string) error { return c.run(cmd, args[0]) }
 	return cmd
 }
 
-func checkFile(cmd *cobra.Command, path string, memory int64) (*check.Report, error) {
-	f, err := openFile(path, storage.ReadOnly)
+func (c *checkup) addMemoryFlag(cmd *cobra.Command) {
+	cmd.Flags().Var(&c.memory, "max-memory", "give up rather than use more memory for what is known of clusters; 1G suffices for 10 TiB of data in clusters of 64 KiB")
+}
+
+func (c *checkup) run(cmd *cobra.Command, path string) error {
+	m, err := c.progress.meter(cmd, false)
 	if err != nil {
-		return nil, err
+		return err
 	}
-	report, err := check.Check(cmd.Context(), f, check.Options{MaxMemory: memory})
-	if err := errors.Join(err, f.Close()); err != nil {
-		return nil, fmt.Errorf("%s: %w", path, err)
+	defer m.stop()
+	var changes *repair.Report
+	var found *check.Report
+	if c.repair == "" {
+		found, err = c.checked(cmd.Context(), path)
+	} else {
+		changes, found, err = c.repaired(cmd.Context(), path, m)
 	}
-	return report, nil
+	if err != nil {
+		return err
+	}
+	m.finish()
+	if err := c.print(cmd, path, changes, found); err != nil {
+		return err
+	}
+	return verdict(path, found)
+}
+
+func (c *checkup) print(cmd *cobra.Command, path string, changes *repair.Report, found *check.Report) error {
+	if *c.output == outputJSON {
+		result := newImageCheck(path, found)
+		if changes != nil {
+			result.Changes = describeChanges(changes)
+			if !c.dryRun {
+				result.LeaksFixed, result.CorruptionsFixed = changes.Leaks(), changes.Count()-changes.Leaks()-changes.Count(repair.LeakKept)
+			}
+		}
+		return writeJSON(cmd.OutOrStdout(), result)
+	}
+	if quiet, err := cmd.Flags().GetBool("quiet"); err != nil || quiet {
+		return err
+	}
+	if c.repair != "" {
+		if err := printChanges(cmd.OutOrStdout(), changes, c.dryRun); err != nil {
+			return err
+		}
+	}
+	return printReport(cmd.OutOrStdout(), found)
+}
+
+func (c *checkup) checked(ctx context.Context, path string) (found *check.Report, err error) {
+	err = c.withFile(path, true, func(f *storage.OSFile) (err error) {
+		found, err = check.Check(ctx, f, check.Options{MaxMemory: int64(c.memory)})
+		return err
+	})
+	return found, err
 }
 
 // verdict turns a report into the error that makes the exit status.
@@ -84,9 +131,12 @@ type imageCheck struct {
 	CompressedClusters int64          `json:"compressed-clusters,omitempty"`
 	Corruptions        int            `json:"corruptions,omitempty"`
 	Leaks              int            `json:"leaks,omitempty"`
+	CorruptionsFixed   int            `json:"corruptions-fixed,omitempty"`
+	LeaksFixed         int            `json:"leaks-fixed,omitempty"`
 	Filename           string         `json:"filename"`
 	Format             string         `json:"format"`
 	Findings           []imageFinding `json:"findings,omitempty"`
+	Changes            []imageChange  `json:"changes,omitempty"`
 }
 
 type imageFinding struct {
@@ -107,7 +157,7 @@ func newImageCheck(path string, r *check.Report) imageCheck {
 		Corruptions:        r.Corruptions,
 		Leaks:              r.Leaks,
 		Filename:           path,
-		Format:             "qcow2",
+		Format:             formatQcow2,
 	}
 	for _, f := range r.Findings {
 		c.Findings = append(c.Findings, imageFinding{f.Severity.String(), f.Kind.String(), f.Table.String(), uint64(f.Offset), f.Detail})

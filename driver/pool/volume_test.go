@@ -400,7 +400,7 @@ func TestDamagedVolumes(t *testing.T) {
 		"no image":           {func(dir string) error { return os.Remove(filepath.Join(dir, headImage)) }, ErrCorrupt},
 		"truncated image":    {edit(headImage, func(b []byte) []byte { return b[:50] }), ErrCorrupt},
 		"another format":     {edit(headImage, func(b []byte) []byte { return append([]byte("KDMV"), b[4:]...) }), ErrCorrupt},
-		"older qcow2":        {edit(headImage, func(b []byte) []byte { b[7] = 2; return b }), ErrUnsupported},
+		"newer qcow2":        {edit(headImage, func(b []byte) []byte { b[7] = 4; return b }), ErrUnsupported},
 		"image is a symlink": {func(dir string) error { return relink(filepath.Join(dir, headImage)) }, ErrCorrupt},
 	} {
 		t.Run(name, func(t *testing.T) {

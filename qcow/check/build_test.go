@@ -42,8 +42,11 @@ const (
 )
 
 func newBuilder(t testing.TB, clusterBits, refcountOrder uint32, size uint64) *builder {
+	return newBuilderOf(t, format.Geometry{ClusterBits: clusterBits, RefcountOrder: refcountOrder}, size)
+}
+
+func newBuilderOf(t testing.TB, g format.Geometry, size uint64) *builder {
 	b := &builder{t: t, l2: make(map[uint64]format.HostOffset)}
-	g := format.Geometry{ClusterBits: clusterBits, RefcountOrder: refcountOrder}
 	b.h = format.Header{
 		Geometry:              g,
 		Size:                  size,
@@ -57,7 +60,7 @@ func newBuilder(t testing.TB, clusterBits, refcountOrder uint32, size uint64) *b
 	b.alloc(1)
 	b.alloc(b.h.L1Bytes())
 	b.put(g.OffsetOf(tableAt), uint64(g.OffsetOf(blockAt)))
-	for c := range uint64(len(b.bytes)) >> clusterBits { // those from before there was a block
+	for c := range uint64(len(b.bytes)) >> g.ClusterBits { // those from before there was a block
 		b.setRefcount(c, 1)
 	}
 	return b
@@ -77,7 +80,7 @@ func (b *builder) l1Entry(i uint64) format.HostOffset   { return b.h.L1Offset + 
 
 func (b *builder) l2Entry(guest uint64) format.HostOffset {
 	g := format.GuestOffset(guest << b.h.ClusterBits)
-	return b.l2[b.h.L1Index(g)] + format.HostOffset(b.h.L2Index(g)*8)
+	return b.l2[b.h.L1Index(g)] + format.HostOffset(b.h.L2Index(g)*b.h.L2EntrySize())
 }
 
 // alloc appends clusters for n bytes.
@@ -103,18 +106,30 @@ func (b *builder) set(guest uint64, e format.L2Entry) {
 	b.put(b.l2Entry(guest), uint64(e))
 }
 
+// setSubclusters sets the L2 entry of a guest cluster of an image with extended L2 entries.
+func (b *builder) setSubclusters(guest uint64, e format.L2Entry, s format.Subclusters) {
+	b.set(guest, e)
+	b.put(b.l2Entry(guest)+8, uint64(s))
+}
+
 // data gives a guest cluster a host cluster.
 func (b *builder) data(guest uint64) format.HostOffset {
-	b.set(guest, format.ZeroPlain)
-	off := b.alloc(1)
+	b.set(guest, 0) // first the L2 table
+	off := format.HostOffset(guest << b.h.ClusterBits)
+	if !b.h.DataFile {
+		off = b.alloc(1)
+	}
 	b.set(guest, format.NewL2Entry(off, true))
+	if b.h.ExtendedL2 {
+		b.setSubclusters(guest, format.NewL2Entry(off, true), format.AllData)
+	}
 	return off
 }
 
 // compressed gives a guest cluster n sectors at off.
 func (b *builder) compressed(guest uint64, off format.HostOffset, n uint64) {
 	x := 62 - (b.h.ClusterBits - 8)
-	b.set(guest, format.L2Entry(1<<62|(n-1)<<x|uint64(off)))
+	b.set(guest, format.L2Entry(1<<62|(n-1)<<x|uint64(off))) // not by format's own encoder
 }
 
 // snapshot adds a snapshot of everything that there is.
@@ -128,7 +143,7 @@ func (b *builder) snapshot(name string) {
 	}
 	for i, l2 := range b.l2 {
 		for j := range b.h.L2Entries() {
-			share(l2 + format.HostOffset(j*8))
+			share(l2 + format.HostOffset(j*b.h.L2EntrySize()))
 		}
 		share(b.l1Entry(i))
 	}

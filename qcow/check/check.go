@@ -77,7 +77,7 @@ type checker struct {
 	h        *format.Header
 
 	blocks    []format.HostOffset // refcount blocks by index in the refcount table; 0: none, or an unusable pointer
-	l2Tables  []format.HostOffset // each once: first those that the active L1 table refers to, then the others
+	l2Tables  []l2Table           // each once: first those that the active L1 table refers to, then the others
 	activeL2s int                 // how many the active L1 table refers to
 	refs      references
 
@@ -117,8 +117,8 @@ func (c *checker) run(ctx context.Context) error {
 	return nil
 }
 
-// knownIncompatible are the incompatible features that do not change what is checked.
-const knownIncompatible = format.IncompatDirty | format.IncompatCorrupt | format.IncompatCompression
+// knownIncompatible are the incompatible features of the images that can be checked.
+const knownIncompatible = format.IncompatDirty | format.IncompatCorrupt | format.IncompatDataFile | format.IncompatCompression | format.IncompatExtendedL2
 
 func (c *checker) readHeader() error {
 	if err := c.readTable(HeaderCluster, 0, min(c.size, 1<<format.DefaultClusterBits)); err != nil {
@@ -137,7 +137,7 @@ func (c *checker) readHeader() error {
 		return err
 	}
 	if unknown := h.Incompatible &^ knownIncompatible; unknown != 0 {
-		return format.Unsupportedf("header", 72, "%s", h.IncompatibleNames(unknown))
+		return format.Unsupportedf("header", format.IncompatibleOffset, "%s", h.IncompatibleNames(unknown))
 	}
 	c.h = h
 	return nil
@@ -179,6 +179,21 @@ func (c *checker) read(t Table, p []byte, off format.HostOffset) error {
 		err = io.ErrUnexpectedEOF // the file has become shorter
 	}
 	return fmt.Errorf("read %v at %#x: %w", t, uint64(off), err)
+}
+
+// load returns the n bytes of the file at off, zeroes past its end.
+func (c *checker) load(t Table, off format.HostOffset, n uint64) ([]byte, error) {
+	b := make([]byte, n)
+	return b, c.read(t, b, off)
+}
+
+// undecodable adds a finding for the structure t at start, whose decoder failed with err.
+func (c *checker) undecodable(t Table, start format.HostOffset, err error) {
+	if e := (*format.Error)(nil); errors.As(err, &e) {
+		c.found(BadTable, t, start+e.Offset, "%s", e.Reason)
+		return
+	}
+	c.found(BadTable, t, start, "%v", err)
 }
 
 // stream calls f with the n bytes of the file at off, in pieces of chunkSize bytes but for the last one.

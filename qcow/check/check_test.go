@@ -59,11 +59,8 @@ func TestSnapshotsBitmapsAndEncryptionHeaderAreOwners(t *testing.T) {
 	b.snapshot("first")
 	b.snapshot("second")
 	b.bitmap("dirty")
-	luks := make([]byte, 16)
-	binary.BigEndian.PutUint64(luks, uint64(b.alloc(10000)))
-	binary.BigEndian.PutUint64(luks[8:], 10000)
 	b.h.CryptMethod = 2
-	b.h.Extensions = append(b.h.Extensions, format.Extension{Type: format.ExtFullDisk, Data: luks})
+	b.h.Extensions = append(b.h.Extensions, format.Extension{Type: format.ExtFullDisk, Data: encryptionPointer(b.alloc(10000), 10000)})
 	if r := mustCheck(t, b.image()); !r.Clean() {
 		t.Error(r)
 	}
@@ -222,7 +219,7 @@ func TestFindings(t *testing.T) {
 		"bitmap reserved bit":        {damage: func(i image) { i.put(i.table+0, i.entry(i.table)|2) }, want: []check.Finding{{Kind: check.ReservedBits, Table: check.BitmapTable}, {Kind: check.Leaked}}},
 		"bitmap data misaligned":     {damage: func(i image) { i.put(i.table+0, i.entry(i.table)|512) }, want: []check.Finding{{Kind: check.Misaligned, Table: check.BitmapTable}, {Kind: check.Leaked}}},
 		"bitmap of an unknown type":  {damage: func(i image) { i.bytes[i.directory+16] = 2 }, want: []check.Finding{{Kind: check.BadTable, Table: check.BitmapDirectory}, {Kind: check.Leaked}, {Kind: check.Leaked}}},
-		"bitmap directory too short": {damage: func(i image) { i.h.Extensions[0].Data[15]-- }, want: one(check.BadTable, check.BitmapDirectory)},
+		"bitmap directory too short": {damage: func(i image) { i.h.Extensions[0].Data[15]-- }, want: []check.Finding{{Kind: check.BadTable, Table: check.BitmapDirectory}, {Kind: check.Leaked}, {Kind: check.Leaked}}},
 		"bitmap extension empty": {
 			damage: func(i image) { i.h.Extensions[0].Data = nil },
 			want:   []check.Finding{{Kind: check.BadTable, Table: check.HeaderCluster}, {Kind: check.Leaked}, {Kind: check.Leaked}, {Kind: check.Leaked}},
@@ -245,9 +242,21 @@ func TestFindings(t *testing.T) {
 		},
 		"encryption header past the end": {
 			damage: func(i image) {
-				i.h.Extensions = append(i.h.Extensions, format.Extension{Type: format.ExtFullDisk, Data: slices.Repeat([]byte{0xff}, 16)})
+				i.h.Extensions = append(i.h.Extensions, format.Extension{Type: format.ExtFullDisk, Data: encryptionPointer(1<<40, 4096)})
 			},
 			want: one(check.OutsideFile, check.HeaderCluster),
+		},
+		"encryption header larger than the file": {
+			damage: func(i image) {
+				i.h.Extensions = append(i.h.Extensions, format.Extension{Type: format.ExtFullDisk, Data: encryptionPointer(1<<12, 1<<50)})
+			},
+			want: one(check.OutsideFile, check.HeaderCluster),
+		},
+		"encryption header nowhere": {
+			damage: func(i image) {
+				i.h.Extensions = append(i.h.Extensions, format.Extension{Type: format.ExtFullDisk, Data: slices.Repeat([]byte{0xff}, 16)})
+			},
+			want: one(check.BadTable, check.HeaderCluster),
 		},
 		"encryption header pointer too short": {
 			damage: func(i image) {
@@ -280,6 +289,10 @@ func TestFindings(t *testing.T) {
 			}
 		})
 	}
+}
+
+func encryptionPointer(off format.HostOffset, n uint64) []byte {
+	return binary.BigEndian.AppendUint64(binary.BigEndian.AppendUint64(nil, uint64(off)), n)
 }
 
 // share makes a guest cluster a second owner of the host cluster at off, with a refcount that agrees.
@@ -333,9 +346,8 @@ func TestUncheckableImages(t *testing.T) {
 		"empty file":     {func() memory { return nil }, format.ErrCorrupt},
 		"not an image":   {func() memory { return make(memory, 1<<16) }, format.ErrCorrupt},
 		"ends in header": {func() memory { return valid().image()[:90] }, format.ErrCorrupt},
-		"version 2":      {func() memory { m := valid().image(); m[7] = 2; return m }, format.ErrUnsupported},
-		"data file":      {func() memory { b := valid(); b.h.Incompatible = format.IncompatDataFile; return b.image() }, format.ErrUnsupported},
-		"extended L2":    {func() memory { b := valid(); b.h.Incompatible = format.IncompatExtendedL2; return b.image() }, format.ErrUnsupported},
+		"version 4":      {func() memory { m := valid().image(); m[7] = 4; return m }, format.ErrUnsupported},
+		"extended L2":    {func() memory { b := valid(); b.h.Incompatible = format.IncompatExtendedL2; return b.image() }, format.ErrCorrupt}, // of 4 KiB
 		"unknown":        {func() memory { b := valid(); b.h.Incompatible = 1 << 40; return b.image() }, format.ErrUnsupported},
 	} {
 		t.Run(name, func(t *testing.T) {

@@ -1,5 +1,5 @@
-// Package check judges whether a version 3 qcow2 image is consistent. It shares with the engine only package format, so
-// that it can serve as an oracle for it: what the engine believes about its own image plays no part here.
+// Package check judges whether a qcow2 image is consistent. It shares with the engine only package format, so that it can
+// serve as an oracle for it: what the engine believes about its own image plays no part here.
 //
 // # What is checked
 //
@@ -9,8 +9,11 @@
 // at every entry on the way: reserved bits, alignment, whether it points inside the file, whether its COPIED
 // flag agrees with the stored refcount, and whether a cluster of metadata has a second owner.
 //
-// Guest data is never read, and no file but the image is looked at. Version 2 images, external data files and extended
-// L2 entries are refused with format.ErrUnsupported.
+// Extended L2 entries must agree with their subclusters. With an external data file guest clusters have no refcounts; their
+// entries must have COPIED and point to where the guest sees the cluster. Incompatible features that are not known here
+// are refused with format.ErrUnsupported.
+//
+// Guest data is never read, nor what is in an encryption header, and no file but the image is looked at.
 //
 // # Judgement
 //
@@ -26,6 +29,11 @@
 //     the refcount agrees.
 //   - Every cluster that is referred to must start inside the file. QEMU lets a table that is not a whole number of
 //     clusters exceed the file by less than a cluster, and reads zeroes there.
+//   - The zero flag of an L2 entry is a reserved bit in version 2 and with extended L2 entries. QEMU ignores it with the
+//     latter; in version 2 it lets the check pass and fails to read the cluster.
+//   - A cluster of an external data file that is not at its guest offset is a corruption. QEMU lets the check pass and fails
+//     to read the cluster.
+//   - A bitmap must have a name.
 //   - What makes qemu-img check give up (exit status 1) because of the contents of a table, such as a snapshot table that
 //     cannot be decoded or a misaligned refcount block, is a corruption like any other.
 //

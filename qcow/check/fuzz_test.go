@@ -31,8 +31,14 @@ func FuzzCheck(f *testing.F) {
 			bases = append(bases, newBase(f, b.image()))
 		}
 	}
+	for _, b := range []*builder{newVersion2(f), newExtended(f), newDataFile(f, false), newDataFile(f, true)} {
+		bases = append(bases, newBase(f, b.image()))
+	}
 	if _, err := exec.LookPath("qemu-img"); err == nil { // last, so that the numbers of the others do not change
 		for _, c := range qemuCases() {
+			if c.clusterSize > 16<<10 {
+				continue
+			}
 			image, err := os.ReadFile(qemuImage(f, f.TempDir(), c.clusterSize, c.refcountBits, c.features))
 			if err != nil {
 				f.Fatal(err)

@@ -2,7 +2,6 @@ package check
 
 import (
 	"context"
-	"encoding/binary"
 
 	"github.com/qcow-csi/qcow-csi/qcow/format"
 )
@@ -17,6 +16,14 @@ func (c *checker) walkActiveL1(ctx context.Context) error {
 	return err
 }
 
+// l2Table is an L2 table, and the index of the first L1 entry that refers to it: of the active L1 table if that one does.
+type l2Table struct {
+	off   format.HostOffset
+	index uint64
+}
+
+const l2TableSize = 16 // bytes of memory
+
 // walkL1 counts a reference to each L2 table of the n bytes of an L1 table at start, and lists the tables that were not
 // known before in c.l2Tables.
 func (c *checker) walkL1(ctx context.Context, t Table, start format.HostOffset, n uint64) error {
@@ -26,7 +33,8 @@ func (c *checker) walkL1(ctx context.Context, t Table, start format.HostOffset, 
 			if e == 0 {
 				continue
 			}
-			if err := c.walkL1Entry(t, at+format.HostOffset(i*format.EntrySize), e); err != nil {
+			at := at + format.HostOffset(i*format.EntrySize)
+			if err := c.walkL1Entry(t, at, uint64(at-start)/format.EntrySize, e); err != nil {
 				return err
 			}
 		}
@@ -34,7 +42,7 @@ func (c *checker) walkL1(ctx context.Context, t Table, start format.HostOffset, 
 	})
 }
 
-func (c *checker) walkL1Entry(t Table, at format.HostOffset, e format.L1Entry) error {
+func (c *checker) walkL1Entry(t Table, at format.HostOffset, index uint64, e format.L1Entry) error {
 	if e.Reserved() != 0 {
 		c.found(ReservedBits, t, at, "entry %#x", uint64(e))
 	}
@@ -57,7 +65,7 @@ func (c *checker) walkL1Entry(t Table, at format.HostOffset, e format.L1Entry) e
 		return err
 	}
 	if before == Nothing {
-		c.l2Tables = append(c.l2Tables, off)
+		c.l2Tables = append(c.l2Tables, l2Table{off, index})
 	}
 	if t == L1Table { // the flags in a snapshot's tables mean nothing until they are active again
 		c.checkCopied(t, at, e.Copied(), stored, L2Table)
@@ -77,61 +85,57 @@ func (c *checker) checkCopied(t Table, at format.HostOffset, copied bool, stored
 
 // walkL2Tables walks every L2 table once. What it refers to counts as often as the table is referred to itself.
 func (c *checker) walkL2Tables(ctx context.Context) error {
-	for i, off := range c.l2Tables {
+	for i, t := range c.l2Tables {
 		if err := ctx.Err(); err != nil {
 			return err
 		}
-		p, j, err := c.page(uint64(c.h.ClusterOf(off)))
+		p, j, err := c.page(uint64(c.h.ClusterOf(t.off)))
 		if err != nil {
 			return err
 		}
 		times := uint64(p.refs[j] & maxReferences)
-		if err := c.readTable(L2Table, off, c.h.ClusterSize()); err != nil {
+		if err := c.readTable(L2Table, t.off, c.h.ClusterSize()); err != nil {
 			return err
 		}
-		if err := c.walkL2(off, times, i < c.activeL2s); err != nil {
+		if err := c.walkL2(t, times, i < c.activeL2s); err != nil {
 			return err
 		}
 	}
 	return nil
 }
 
-// walkL2 counts the references of the L2 table in c.table, which is at off and itself referred to n times.
-func (c *checker) walkL2(off format.HostOffset, n uint64, active bool) error {
+// walkL2 counts the references of the L2 table t, whose bytes are in c.table and which is itself referred to n times.
+func (c *checker) walkL2(t l2Table, n uint64, active bool) error {
+	g := c.h.Geometry
 	var next format.HostOffset // where the next data cluster is if it is not fragmented
-	for pos := 0; pos < len(c.table); pos += format.EntrySize {
-		e := format.L2Entry(binary.BigEndian.Uint64(c.table[pos:]))
-		if e == 0 {
+	for i := range g.L2Entries() {
+		e := g.MappingEntry(c.table, i)
+		if e == (format.MappingEntry{}) {
 			continue
 		}
-		at := off + format.HostOffset(pos)
-		if e.Reserved() != 0 {
-			c.found(ReservedBits, L2Table, at, "entry %#x", uint64(e))
-		}
-		kind := e.Kind()
-		if kind == format.Data || kind == format.ZeroAllocated {
+		at := t.off + format.HostOffset(i*g.L2EntrySize())
+		counts := c.checkEntry(at, e)
+		switch {
+		case !counts:
+		case g.HasHost(e):
 			if active {
 				c.report.AllocatedClusters++
 				if next != 0 && e.Offset() != next {
 					c.report.FragmentedClusters++
 				}
-				next = e.Offset() + format.HostOffset(c.h.ClusterSize())
+				next = e.Offset() + format.HostOffset(g.ClusterSize())
 			}
-			if err := c.walkData(at, e, n, active); err != nil {
+			guest := format.GuestOffset(t.index*g.L2Span() + i<<g.ClusterBits)
+			if err := c.walkData(at, e, guest, n, active); err != nil {
 				return err
 			}
-			continue
-		}
-		if e.Copied() {
-			c.found(CopiedSet, L2Table, at, "entry %#x of kind %v", uint64(e), kind)
-		}
-		if kind == format.Compressed {
+		case e.Kind() == format.Compressed:
 			if active {
 				c.report.AllocatedClusters++
 				c.report.CompressedClusters++
 				c.report.FragmentedClusters++
 			}
-			if err := c.walkCompressed(at, e, n); err != nil {
+			if err := c.walkCompressed(at, e.L2Entry, n); err != nil {
 				return err
 			}
 		}
@@ -139,12 +143,50 @@ func (c *checker) walkL2(off format.HostOffset, n uint64, active bool) error {
 	return nil
 }
 
-// walkData counts the reference of a standard entry at the offset `at`.
-func (c *checker) walkData(at format.HostOffset, e format.L2Entry, n uint64, active bool) error {
+// checkEntry judges what an L2 entry, at the offset `at`, says of itself. It reports whether what it points to, if
+// anything, counts.
+func (c *checker) checkEntry(at format.HostOffset, e format.MappingEntry) bool {
+	compressed := e.Kind() == format.Compressed
+	reserved := e.Reserved()
+	if !compressed && (c.h.ExtendedL2 || c.h.Version == 2) {
+		reserved |= uint64(e.L2Entry & format.ZeroPlain) // the flag came with version 3, and left with subclusters
+	}
+	if reserved != 0 {
+		c.found(ReservedBits, L2Table, at, "entry %#x", uint64(e.L2Entry))
+	}
+	if e.Copied() && !c.h.HasHost(e) {
+		c.found(CopiedSet, L2Table, at, "entry %#x of kind %v", uint64(e.L2Entry), e.Kind())
+	}
+	switch {
+	case compressed && c.h.DataFile:
+		c.found(Forbidden, L2Table, at, "compressed cluster in an image with an external data file")
+		return false
+	case compressed && e.Subclusters != 0:
+		c.found(BadSubclusters, L2Table, at, "compressed cluster with subclusters %#x", uint64(e.Subclusters))
+		return false
+	case compressed:
+	case e.Subclusters.Invalid() != 0:
+		c.found(BadSubclusters, L2Table, at, "subclusters %#x are both data and zeroes", e.Subclusters.Invalid())
+	case e.Subclusters&format.AllData != 0 && !c.h.HasHost(e):
+		c.found(BadSubclusters, L2Table, at, "subclusters %#x have data without a host cluster", uint64(e.Subclusters&format.AllData))
+	}
+	return true
+}
+
+// walkData counts the reference of a standard entry at the offset `at`, which maps the cluster at guest.
+func (c *checker) walkData(at format.HostOffset, e format.MappingEntry, guest format.GuestOffset, n uint64, active bool) error {
 	off := e.Offset()
 	switch {
 	case !c.h.Aligned(off):
 		c.found(Misaligned, L2Table, at, "guest cluster at %#x", uint64(off))
+		return nil
+	case c.h.DataFile:
+		if active {
+			if uint64(off) != uint64(guest) {
+				c.found(Misplaced, L2Table, at, "guest cluster %#x is at %#x in the data file", uint64(guest), uint64(off))
+			}
+			c.checkCopied(L2Table, at, e.Copied(), 1, GuestData) // there are no refcounts: every cluster has one owner
+		}
 		return nil
 	case uint64(off) >= c.size:
 		c.found(OutsideFile, L2Table, at, "guest cluster at %#x, file of %d bytes", uint64(off), c.size)

@@ -211,7 +211,7 @@ func (c *checker) compareCluster(cl, stored uint64, word uint32) {
 
 // tableMemory returns the bytes in the lists of tables.
 func (c *checker) tableMemory() int64 {
-	return int64(cap(c.blocks)+cap(c.l2Tables)) * format.EntrySize
+	return int64(cap(c.blocks))*format.EntrySize + int64(cap(c.l2Tables))*l2TableSize
 }
 
 // allZero reports whether b has no byte but zeroes.

@@ -35,6 +35,9 @@ const (
 	OutsideFile                // an entry or a header field points past the end of the file
 	Overlap                    // a cluster of metadata has a second owner
 	BadTable                   // a structure cannot be decoded; what it points at shows up as leaked
+	BadSubclusters             // the subclusters of an extended L2 entry contradict each other or the entry
+	Misplaced                  // a cluster of an external data file is not at its guest offset
+	Forbidden                  // compressed clusters or snapshots in an image with an external data file
 )
 
 var kindNames = [...]string{
@@ -47,6 +50,9 @@ var kindNames = [...]string{
 	OutsideFile:    "reference outside the file",
 	Overlap:        "overlap",
 	BadTable:       "undecodable",
+	BadSubclusters: "contradictory subclusters",
+	Misplaced:      "not at its guest offset",
+	Forbidden:      "impossible with a data file",
 }
 
 func (k Kind) String() string { return kindNames[k] }

@@ -22,11 +22,7 @@ type L1Entry uint64
 
 // NewL1Entry returns the entry for an L2 table at off. Copied says that the table's refcount is exactly 1.
 func NewL1Entry(off HostOffset, copied bool) L1Entry {
-	e := L1Entry(off & offsetMask)
-	if copied {
-		e |= flagCopied
-	}
-	return e
+	return L1Entry(off & offsetMask).WithCopied(copied)
 }
 
 // Offset returns where the L2 table is; 0 means that there is none.
@@ -35,33 +31,52 @@ func (e L1Entry) Offset() HostOffset { return HostOffset(e & offsetMask) }
 // Copied reports whether the L2 table may be written in place: its refcount is exactly 1.
 func (e L1Entry) Copied() bool { return e&flagCopied != 0 }
 
+// WithCopied returns the entry with the COPIED flag set or cleared.
+func (e L1Entry) WithCopied(copied bool) L1Entry {
+	if copied {
+		return e | flagCopied
+	}
+	return e &^ flagCopied
+}
+
 // Reserved returns the reserved bits that are set; a valid entry has none.
 func (e L1Entry) Reserved() uint64 { return uint64(e) & l1Reserved }
 
-// L2Entry maps one guest cluster (specification, L2 table entry).
+// L2Entry maps one guest cluster (specification, L2 table entry). With extended L2 entries it is the first of two
+// words, see [MappingEntry].
 type L2Entry uint64
 
 // NewL2Entry returns the entry of a standard data cluster at off. Copied says that its refcount is exactly 1.
 func NewL2Entry(off HostOffset, copied bool) L2Entry {
-	e := L2Entry(off & offsetMask)
-	if copied {
-		e |= flagCopied
-	}
-	return e
+	return L2Entry(off & offsetMask).WithCopied(copied)
 }
 
-// ZeroPlain is the entry of a cluster that reads as zeroes and has no host cluster.
+// NewCompressedEntry returns the entry of a cluster whose compressed data is the n bytes at off, which need not be
+// aligned; n is at least 1 and at most the cluster size, off below g.MaxCompressedOffset.
+func NewCompressedEntry(g Geometry, off HostOffset, n uint64) L2Entry {
+	more := (uint64(off)+n-1)/SectorSize - uint64(off)/SectorSize
+	return L2Entry(flagCompressed | more<<g.compressedShift() | uint64(off))
+}
+
+// WithOffset returns e, a standard entry, with another host cluster.
+func (e L2Entry) WithOffset(off HostOffset) L2Entry {
+	return e&^offsetMask | L2Entry(off&offsetMask)
+}
+
+// ZeroPlain is the entry of a cluster that reads as zeroes and has no host cluster. There is none such with extended L2
+// entries: there AllZero says it.
 const ZeroPlain L2Entry = flagZero
 
-// Kind is what an L2 entry says of its guest cluster.
+// Kind is what an L2 entry says of its guest cluster, an extended one of a subcluster.
 type Kind uint8
 
 const (
-	Unallocated   Kind = iota // no host cluster; reads from the backing file, without one as zeroes
-	ZeroedPlain               // reads as zeroes, no host cluster
-	ZeroAllocated             // reads as zeroes, with a host cluster whose content is undefined
-	Data                      // a standard host cluster
-	Compressed                // compressed data, not aligned to clusters
+	Unallocated     Kind = iota // no host cluster; reads from the backing file, without one as zeroes
+	ZeroedPlain                 // reads as zeroes, no host cluster
+	ZeroAllocated               // reads as zeroes, with a host cluster whose content is undefined
+	Data                        // a standard host cluster
+	Compressed                  // compressed data, not aligned to clusters
+	UnallocatedHost             // a subcluster that reads as Unallocated, in a cluster that has a host cluster
 )
 
 func (k Kind) String() string {
@@ -76,11 +91,13 @@ func (k Kind) String() string {
 		return "data"
 	case Compressed:
 		return "compressed"
+	case UnallocatedHost:
+		return "unallocated-host"
 	}
 	return "unknown"
 }
 
-// Kind classifies the entry.
+// Kind classifies a standard entry of an image without an external data file; [Geometry.Kind] knows them all.
 func (e L2Entry) Kind() Kind {
 	switch {
 	case e&flagCompressed != 0:
@@ -95,11 +112,19 @@ func (e L2Entry) Kind() Kind {
 	return Unallocated
 }
 
-// Offset returns the host cluster of a Data or ZeroAllocated entry; meaningless for Compressed ones.
+// Offset returns the host cluster of an entry that has one and is not compressed.
 func (e L2Entry) Offset() HostOffset { return HostOffset(e & offsetMask) }
 
 // Copied reports whether the host cluster may be written in place: its refcount is exactly 1.
 func (e L2Entry) Copied() bool { return e&flagCopied != 0 }
+
+// WithCopied returns the entry with the COPIED flag set or cleared.
+func (e L2Entry) WithCopied(copied bool) L2Entry {
+	if copied {
+		return e | flagCopied
+	}
+	return e &^ flagCopied
+}
 
 // Reserved returns the reserved bits that are set; a valid standard entry has none. Compressed entries have no
 // reserved bits.
@@ -110,10 +135,19 @@ func (e L2Entry) Reserved() uint64 {
 	return uint64(e) & l2Reserved
 }
 
+// compressedShift returns the number of bits of a compressed entry that hold the host offset: x in the specification,
+// "Compressed Clusters Descriptor".
+func (g Geometry) compressedShift() uint32 { return 62 - (g.ClusterBits - 8) }
+
+// MaxCompressedOffset returns the bound of the host offsets that a compressed entry can hold: its data starts below.
+func (g Geometry) MaxCompressedOffset() HostOffset {
+	return min(1<<g.compressedShift(), MaxHostOffset)
+}
+
 // CompressedRange returns the host bytes that a Compressed entry refers to: from off, which need not be aligned,
 // n bytes up to the end of the last 512-byte sector used. The data itself may end earlier.
 func (e L2Entry) CompressedRange(g Geometry) (off HostOffset, n uint64) {
-	x := 62 - (g.ClusterBits - 8)
+	x := g.compressedShift()
 	off = HostOffset(uint64(e) & (1<<x - 1))
 	sectors := (uint64(e)&^(flagCopied|flagCompressed))>>x + 1
 	return off, sectors*SectorSize - uint64(off)%SectorSize

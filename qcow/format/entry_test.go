@@ -47,10 +47,10 @@ func TestL2EntryKinds(t *testing.T) {
 		}
 	}
 	names := map[string]bool{}
-	for k := format.Unallocated; k <= format.Compressed; k++ {
+	for k := format.Unallocated; k <= format.UnallocatedHost; k++ {
 		names[k.String()] = true
 	}
-	if len(names) != 5 || names["unknown"] {
+	if len(names) != 6 || names["unknown"] {
 		t.Errorf("names of kinds: %v", names)
 	}
 }
@@ -75,6 +75,35 @@ func TestCompressedRange(t *testing.T) {
 		off, n := e.CompressedRange(format.Geometry{ClusterBits: c.bits})
 		if uint64(off) != c.off || n != c.n {
 			t.Errorf("%+v: %d bytes at %#x", c, n, off)
+		}
+	}
+}
+
+func TestWithCopied(t *testing.T) {
+	for _, off := range []format.HostOffset{0, 0x50000, 1<<56 - 512} {
+		for _, was := range []bool{false, true} {
+			for _, is := range []bool{false, true} {
+				if got, want := format.NewL1Entry(off, was).WithCopied(is), format.NewL1Entry(off, is); got != want {
+					t.Errorf("L1 entry %#x, want %#x", got, want)
+				}
+				if got, want := (format.NewL2Entry(off, was) | 1).WithCopied(is), format.NewL2Entry(off, is)|1; got != want {
+					t.Errorf("L2 entry %#x, want %#x", got, want)
+				}
+			}
+		}
+	}
+}
+
+// TestCompressedEntryLimits encodes the largest offset and length of every cluster size.
+func TestCompressedEntryLimits(t *testing.T) {
+	for _, g := range geometries() {
+		last, size := g.MaxCompressedOffset()-1, g.ClusterSize()
+		if last >= format.MaxHostOffset {
+			t.Errorf("%+v: compressed data at %#x", g, last)
+		}
+		off, n := format.NewCompressedEntry(g, last, size).CompressedRange(g)
+		if off != last || uint64(last)+size > uint64(off)+n || n >= size+format.SectorSize {
+			t.Errorf("%+v: %d bytes at %#x became %d at %#x", g, size, last, n, off)
 		}
 	}
 }

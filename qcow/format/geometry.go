@@ -11,10 +11,12 @@ type HostOffset uint64
 // Cluster is the number of a host cluster: its host offset divided by the cluster size.
 type Cluster uint64
 
-// Geometry is what the addresses of an image are computed from.
+// Geometry is what the addresses of an image are computed from, and its L2 entries read by.
 type Geometry struct {
 	ClusterBits   uint32 // log2 of the cluster size, 9 to 21
 	RefcountOrder uint32 // log2 of the refcount width in bits, 0 to 6
+	ExtendedL2    bool   // L2 entries are 16 bytes wide and map 32 subclusters each
+	DataFile      bool   // guest clusters are in an external data file, where offset 0 is as good as any other
 }
 
 // ClusterSize returns the cluster size in bytes.
@@ -26,8 +28,21 @@ func (g Geometry) RefcountBits() uint { return 1 << g.RefcountOrder }
 // MaxRefcount returns the largest refcount that the width can hold.
 func (g Geometry) MaxRefcount() uint64 { return ^uint64(0) >> (64 - g.RefcountBits()) }
 
+// L2EntrySize returns the size of an L2 entry in bytes: EntrySize, or twice that with extended L2 entries.
+func (g Geometry) L2EntrySize() uint64 {
+	if g.ExtendedL2 {
+		return 2 * EntrySize
+	}
+	return EntrySize
+}
+
 // L2Bits returns log2 of the number of entries of an L2 table, which fills one cluster.
-func (g Geometry) L2Bits() uint32 { return g.ClusterBits - 3 }
+func (g Geometry) L2Bits() uint32 {
+	if g.ExtendedL2 {
+		return g.ClusterBits - 4
+	}
+	return g.ClusterBits - 3
+}
 
 // L2Entries returns the number of entries of an L2 table.
 func (g Geometry) L2Entries() uint64 { return 1 << g.L2Bits() }
@@ -45,6 +60,29 @@ func (g Geometry) L2Index(off GuestOffset) uint64 {
 
 // InCluster returns the offset of off within its guest cluster.
 func (g Geometry) InCluster(off GuestOffset) uint64 { return uint64(off) & (g.ClusterSize() - 1) }
+
+// Subclusters returns how many subclusters a cluster has: 32 with extended L2 entries, else 1, which is the
+// cluster itself.
+func (g Geometry) Subclusters() uint64 { return 1 << (g.ClusterBits - g.SubclusterBits()) }
+
+// SubclusterBits returns log2 of the subcluster size.
+func (g Geometry) SubclusterBits() uint32 {
+	if g.ExtendedL2 {
+		return g.ClusterBits - 5
+	}
+	return g.ClusterBits
+}
+
+// SubclusterSize returns the subcluster size in bytes.
+func (g Geometry) SubclusterSize() uint64 { return 1 << g.SubclusterBits() }
+
+// SubclusterIndex returns the index, in its cluster, of the subcluster that holds off.
+func (g Geometry) SubclusterIndex(off GuestOffset) uint64 {
+	return uint64(off) >> g.SubclusterBits() & (g.Subclusters() - 1)
+}
+
+// InSubcluster returns the offset of off within its subcluster.
+func (g Geometry) InSubcluster(off GuestOffset) uint64 { return uint64(off) & (g.SubclusterSize() - 1) }
 
 // L1EntriesFor returns how many L1 entries a virtual disk of size bytes needs.
 func (g Geometry) L1EntriesFor(size uint64) uint64 {

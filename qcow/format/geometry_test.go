@@ -11,7 +11,11 @@ func geometries() []format.Geometry {
 	var all []format.Geometry
 	for bits := uint32(format.MinClusterBits); bits <= format.MaxClusterBits; bits++ {
 		for order := range uint32(format.MaxRefcountOrder + 1) {
-			all = append(all, format.Geometry{ClusterBits: bits, RefcountOrder: order})
+			g := format.Geometry{ClusterBits: bits, RefcountOrder: order}
+			all = append(all, g)
+			if g.ExtendedL2 = true; bits >= format.MinExtendedL2ClusterBits {
+				all = append(all, g)
+			}
 		}
 	}
 	return all
@@ -20,7 +24,11 @@ func geometries() []format.Geometry {
 func TestGeometryAgreesWithItself(t *testing.T) {
 	for _, g := range geometries() {
 		size := g.ClusterSize()
-		if g.L2Entries()*format.EntrySize != size || g.L2Span() != g.L2Entries()*size {
+		if g.Subclusters()*g.SubclusterSize() != size || g.SubclusterSize() != 1<<g.SubclusterBits() || g.SubclusterSize() < format.SectorSize ||
+			g.Subclusters() != map[bool]uint64{false: 1, true: 32}[g.ExtendedL2] {
+			t.Errorf("%+v: %d subclusters of %d bytes", g, g.Subclusters(), g.SubclusterSize())
+		}
+		if g.L2Entries()*g.L2EntrySize() != size || g.L2EntrySize() != map[bool]uint64{false: 8, true: 16}[g.ExtendedL2] || g.L2Span() != g.L2Entries()*size {
 			t.Errorf("%+v: an L2 table of %d entries spans %d", g, g.L2Entries(), g.L2Span())
 		}
 		if g.BlockEntries()*uint64(g.RefcountBits()) != size*8 || g.BlockEntries() != 1<<g.BlockBits() {
@@ -42,6 +50,9 @@ func TestAddressesComposeAgain(t *testing.T) {
 			o := format.GuestOffset(off)
 			if back := g.L1Index(o)*g.L2Span() + g.L2Index(o)*g.ClusterSize() + g.InCluster(o); back != off {
 				t.Errorf("%+v: %#x became %#x", g, off, back)
+			}
+			if back := g.SubclusterIndex(o)*g.SubclusterSize() + g.InSubcluster(o); back != g.InCluster(o) {
+				t.Errorf("%+v: %#x became %#x in its cluster", g, g.InCluster(o), back)
 			}
 			h := format.HostOffset(off)
 			start := g.OffsetOf(g.ClusterOf(h))

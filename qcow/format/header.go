@@ -1,30 +1,13 @@
 package format
 
 import (
+	"bytes"
 	"encoding/binary"
-	"fmt"
-	"strings"
-)
-
-// Incompatible feature bits: an image with one that is not known must not be opened.
-const (
-	IncompatDirty       = 1 << 0 // refcounts may be wrong; they are rebuilt before use
-	IncompatCorrupt     = 1 << 1 // must not be written except to repair it
-	IncompatDataFile    = 1 << 2 // guest data is in another file
-	IncompatCompression = 1 << 3 // compression type is not zlib
-	IncompatExtendedL2  = 1 << 4 // subclusters
-)
-
-// Compatible feature bits: an unknown one can be ignored.
-const CompatLazyRefcounts = 1 << 0
-
-// Autoclear feature bits: an unknown one is cleared by the first writer.
-const (
-	AutoclearBitmaps     = 1 << 0 // the bitmaps extension is consistent with the data
-	AutoclearRawDataFile = 1 << 1 // the external data file is a raw image
+	"slices"
 )
 
 const (
+	headerLength2   = 72  // of version 2
 	headerLengthMin = 104 // of version 3
 	headerLength    = 112 // as written here, with the compression type
 
@@ -34,14 +17,17 @@ const (
 	SwitchOffset = 24
 	SwitchLength = 48
 
-	// AutoclearOffset is where the 8 bytes of the autoclear features are.
-	AutoclearOffset = 88
+	// Where the 8 bytes of each kind of feature bits are, in version 3.
+	IncompatibleOffset = 72
+	CompatibleOffset   = 80
+	AutoclearOffset    = 88
 )
 
-// Header is the header of a version 3 image, with its extensions.
+// Header is the header of an image, with its extensions.
 type Header struct {
 	Geometry
 
+	Version               uint32 // 2 or 3; Encode takes 0 for 3
 	Size                  uint64 // virtual size in bytes
 	BackingFile           string // empty: none
 	CryptMethod           uint32 // 0 none, 1 AES, 2 LUKS
@@ -51,11 +37,12 @@ type Header struct {
 	RefcountTableClusters uint32
 	Snapshots             uint32
 	SnapshotsOffset       HostOffset
-	Incompatible          uint64
+	Incompatible          uint64 // feature bits are 0 in version 2
 	Compatible            uint64
 	Autoclear             uint64
-	HeaderLength          uint32
-	CompressionType       uint8 // 0 zlib, 1 zstd
+	HeaderLength          uint32 // Encode writes more where its fields need more
+	CompressionType       uint8  // 0 zlib, 1 zstd
+	UnknownFields         []byte // fields behind those above; nil when all of them are 0
 
 	Extensions []Extension // in file order, unknown ones included
 }
@@ -68,14 +55,20 @@ func DecodeHeader(b []byte) (*Header, error) {
 	if len(b) < 8 || binary.BigEndian.Uint32(b) != Magic {
 		return nil, Corruptf("header", 0, "not a qcow2 image: wrong magic")
 	}
-	if v := binary.BigEndian.Uint32(b[4:]); v != 3 {
-		return nil, Unsupportedf("header", 4, "version %d", v)
+	version, length := binary.BigEndian.Uint32(b[4:]), headerLengthMin
+	switch version {
+	case 2:
+		length = headerLength2
+	case 3:
+	default:
+		return nil, Unsupportedf("header", 4, "version %d", version)
 	}
-	if len(b) < headerLengthMin {
+	if len(b) < length {
 		return nil, Corruptf("header", 0, "file ends after %d bytes, inside the header", len(b))
 	}
 	h := &Header{
-		Geometry:              Geometry{ClusterBits: binary.BigEndian.Uint32(b[20:]), RefcountOrder: binary.BigEndian.Uint32(b[96:])},
+		Geometry:              Geometry{ClusterBits: binary.BigEndian.Uint32(b[20:]), RefcountOrder: DefaultRefcountOrder},
+		Version:               version,
 		Size:                  binary.BigEndian.Uint64(b[24:]),
 		CryptMethod:           binary.BigEndian.Uint32(b[32:]),
 		L1Entries:             binary.BigEndian.Uint32(b[36:]),
@@ -84,10 +77,16 @@ func DecodeHeader(b []byte) (*Header, error) {
 		RefcountTableClusters: binary.BigEndian.Uint32(b[56:]),
 		Snapshots:             binary.BigEndian.Uint32(b[60:]),
 		SnapshotsOffset:       HostOffset(binary.BigEndian.Uint64(b[64:])),
-		Incompatible:          binary.BigEndian.Uint64(b[72:]),
-		Compatible:            binary.BigEndian.Uint64(b[80:]),
-		Autoclear:             binary.BigEndian.Uint64(b[88:]),
-		HeaderLength:          binary.BigEndian.Uint32(b[100:]),
+		HeaderLength:          headerLength2,
+	}
+	if version == 3 {
+		h.Incompatible = binary.BigEndian.Uint64(b[IncompatibleOffset:])
+		h.Compatible = binary.BigEndian.Uint64(b[CompatibleOffset:])
+		h.Autoclear = binary.BigEndian.Uint64(b[AutoclearOffset:])
+		h.RefcountOrder = binary.BigEndian.Uint32(b[96:])
+		h.HeaderLength = binary.BigEndian.Uint32(b[100:])
+		h.ExtendedL2 = h.Incompatible&IncompatExtendedL2 != 0
+		h.DataFile = h.Incompatible&IncompatDataFile != 0
 	}
 	if err := h.validate(); err != nil {
 		return nil, err
@@ -101,22 +100,32 @@ func DecodeHeader(b []byte) (*Header, error) {
 	if h.HeaderLength > headerLengthMin {
 		h.CompressionType = b[104]
 	}
+	if h.HeaderLength > headerLength {
+		if unknown := b[headerLength:h.HeaderLength]; len(bytes.Trim(unknown, "\x00")) > 0 {
+			h.UnknownFields = slices.Clone(unknown)
+		}
+	}
 	if (h.CompressionType != 0) != (h.Incompatible&IncompatCompression != 0) {
 		return nil, Corruptf("header", 104, "compression type %d contradicts the incompatible feature bit", h.CompressionType)
 	}
 
-	backingOffset, backingLength := binary.BigEndian.Uint64(b[8:]), binary.BigEndian.Uint32(b[16:])
+	name, nameLength := backingName(b)
 	end := uint64(len(b))
-	if backingOffset != 0 {
-		if backingLength > 1023 || backingOffset < uint64(h.HeaderLength) || backingOffset > end || uint64(backingLength) > end-backingOffset {
-			return nil, Corruptf("header", 8, "backing file name of %d bytes at %#x is not inside the first cluster", backingLength, backingOffset)
+	if name != 0 {
+		if nameLength > MaxBackingName || name < uint64(h.HeaderLength) || name > end || nameLength > end-name {
+			return nil, Corruptf("header", 8, "backing file name of %d bytes at %#x is not inside the first cluster", nameLength, name)
 		}
-		h.BackingFile = string(b[backingOffset:][:backingLength])
-		end = backingOffset
+		h.BackingFile = string(b[name:][:nameLength])
+		end = name
 	}
 	var err error
 	h.Extensions, err = decodeExtensions(b[:end], h.HeaderLength)
 	return h, err
+}
+
+// backingName returns where a header says that the backing file name is, and its length in bytes.
+func backingName(b []byte) (off, n uint64) {
+	return binary.BigEndian.Uint64(b[8:]), uint64(binary.BigEndian.Uint32(b[16:]))
 }
 
 func (h *Header) validate() error {
@@ -125,7 +134,9 @@ func (h *Header) validate() error {
 		return Corruptf("header", 20, "cluster_bits %d is not in %d..%d", h.ClusterBits, MinClusterBits, MaxClusterBits)
 	case h.RefcountOrder > MaxRefcountOrder:
 		return Corruptf("header", 96, "refcount_order %d exceeds %d", h.RefcountOrder, MaxRefcountOrder)
-	case h.HeaderLength < headerLengthMin || h.HeaderLength%8 != 0:
+	case h.ExtendedL2 && h.ClusterBits < MinExtendedL2ClusterBits:
+		return Corruptf("header", 20, "cluster_bits %d is below %d, which extended L2 entries need", h.ClusterBits, MinExtendedL2ClusterBits)
+	case h.Version > 2 && (h.HeaderLength < headerLengthMin || h.HeaderLength%8 != 0):
 		return Corruptf("header", 100, "header length %d is below %d or not a multiple of 8", h.HeaderLength, headerLengthMin)
 	case h.Size > h.MaxVirtualSize():
 		return Corruptf("header", 24, "virtual size %d exceeds the limit of %d for clusters of %d bytes", h.Size, h.MaxVirtualSize(), h.ClusterSize())
@@ -158,78 +169,3 @@ func (h *Header) RefcountTableBytes() uint64 { return uint64(h.RefcountTableClus
 
 // L1Bytes returns the size of the active L1 table in bytes, without the rest of its last cluster.
 func (h *Header) L1Bytes() uint64 { return uint64(h.L1Entries) * EntrySize }
-
-// Extension returns the first header extension of the type, or nil.
-func (h *Header) Extension(t uint32) *Extension {
-	for i := range h.Extensions {
-		if h.Extensions[i].Type == t {
-			return &h.Extensions[i]
-		}
-	}
-	return nil
-}
-
-// IncompatibleNames returns the names of the incompatible feature bits set in mask, from the image's own feature name
-// table where it has one.
-func (h *Header) IncompatibleNames(mask uint64) string {
-	known := map[int]string{0: "dirty bit", 1: "corrupt bit", 2: "external data file", 3: "compression type", 4: "extended L2 entries"}
-	if ext := h.Extension(ExtFeatureNames); ext != nil {
-		for b := ext.Data; len(b) >= featureNameSize; b = b[featureNameSize:] {
-			if b[0] == 0 && known[int(b[1])] == "" { // type 0: incompatible
-				known[int(b[1])] = strings.ToValidUTF8(strings.TrimRight(string(b[2:featureNameSize]), "\x00"), "?")
-			}
-		}
-	}
-	var names []string
-	for bit := range 64 {
-		if mask>>bit&1 != 0 {
-			name := known[bit]
-			if name == "" {
-				name = "unknown"
-			}
-			names = append(names, fmt.Sprintf("%s (bit %d)", name, bit))
-		}
-	}
-	return strings.Join(names, ", ")
-}
-
-// EncodeSwitch returns the SwitchLength bytes that belong at SwitchOffset.
-func (h *Header) EncodeSwitch() []byte {
-	b := make([]byte, SwitchLength)
-	binary.BigEndian.PutUint64(b[0:], h.Size)
-	binary.BigEndian.PutUint32(b[8:], h.CryptMethod)
-	binary.BigEndian.PutUint32(b[12:], h.L1Entries)
-	binary.BigEndian.PutUint64(b[16:], uint64(h.L1Offset))
-	binary.BigEndian.PutUint64(b[24:], uint64(h.RefcountTableOffset))
-	binary.BigEndian.PutUint32(b[32:], h.RefcountTableClusters)
-	binary.BigEndian.PutUint32(b[36:], h.Snapshots)
-	binary.BigEndian.PutUint64(b[40:], uint64(h.SnapshotsOffset))
-	return b
-}
-
-// Encode returns the header with its extensions and the backing file name, to be written at offset 0. It fails
-// with ErrInvalid when that does not fit into the first cluster.
-func (h *Header) Encode() ([]byte, error) {
-	length := max(h.HeaderLength, headerLength)
-	b := make([]byte, length)
-	binary.BigEndian.PutUint32(b[0:], Magic)
-	binary.BigEndian.PutUint32(b[4:], 3)
-	binary.BigEndian.PutUint32(b[20:], h.ClusterBits)
-	copy(b[SwitchOffset:], h.EncodeSwitch())
-	binary.BigEndian.PutUint64(b[72:], h.Incompatible)
-	binary.BigEndian.PutUint64(b[80:], h.Compatible)
-	binary.BigEndian.PutUint64(b[88:], h.Autoclear)
-	binary.BigEndian.PutUint32(b[96:], h.RefcountOrder)
-	binary.BigEndian.PutUint32(b[100:], length)
-	b[104] = h.CompressionType
-	b = appendExtensions(b, h.Extensions)
-	if h.BackingFile != "" {
-		binary.BigEndian.PutUint64(b[8:], uint64(len(b)))
-		binary.BigEndian.PutUint32(b[16:], uint32(len(h.BackingFile)))
-		b = append(b, h.BackingFile...)
-	}
-	if uint64(len(b)) > h.ClusterSize() {
-		return nil, Invalidf("header with extensions is %d bytes, more than a cluster of %d", len(b), h.ClusterSize())
-	}
-	return b, nil
-}

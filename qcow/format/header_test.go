@@ -5,6 +5,7 @@ import (
 	"encoding/binary"
 	"errors"
 	"reflect"
+	"slices"
 	"strings"
 	"testing"
 
@@ -15,6 +16,7 @@ import (
 func validHeader() format.Header {
 	return format.Header{
 		Geometry:              format.Geometry{ClusterBits: 16, RefcountOrder: 4},
+		Version:               3,
 		Size:                  10 << 30,
 		BackingFile:           "base.qcow2",
 		CryptMethod:           2,
@@ -54,9 +56,19 @@ func TestHeaderRoundTrip(t *testing.T) {
 	plain.Incompatible &^= format.IncompatCompression
 	long := plain
 	long.HeaderLength = 200
+	future := full
+	future.HeaderLength, future.UnknownFields = 144, append(make([]byte, 31), 1)
+	old := validHeader()
+	old.Version, old.HeaderLength, old.CompressionType, old.Incompatible, old.Compatible, old.Autoclear = 2, 72, 0, 0, 0, 0
+	extended := full
+	extended.ExtendedL2, extended.DataFile, extended.L1Entries = true, true, 40
+	extended.Incompatible |= format.IncompatExtendedL2 | format.IncompatDataFile
 	empty := plain
 	empty.Size, empty.L1Entries, empty.L1Offset, empty.Snapshots, empty.SnapshotsOffset = 0, 0, 0, 0, 0
-	for name, h := range map[string]format.Header{"full": full, "plain": plain, "long": long, "empty": empty} {
+	for name, h := range map[string]format.Header{
+		"full": full, "plain": plain, "long": long, "empty": empty,
+		"future": future, "version 2": old, "extended": extended,
+	} {
 		t.Run(name, func(t *testing.T) {
 			got, err := format.DecodeHeader(encode(t, &h))
 			if err != nil {
@@ -146,7 +158,9 @@ func TestDecodeHeaderRefuses(t *testing.T) {
 	}{
 		"nothing":                         {func([]byte) []byte { return nil }, format.ErrCorrupt},
 		"magic":                           {set32(0, 0x514649fc), format.ErrCorrupt},
-		"version 2":                       {set32(4, 2), format.ErrUnsupported},
+		"version 2 ends in the header":    {func(b []byte) []byte { return set32(4, 2)(b)[:71] }, format.ErrCorrupt},
+		"extended L2 of 8 KiB":            {func(b []byte) []byte { b[79] |= format.IncompatExtendedL2; return set32(20, 13)(b) }, format.ErrCorrupt},
+		"version 1":                       {set32(4, 1), format.ErrUnsupported},
 		"version 4":                       {set32(4, 4), format.ErrUnsupported},
 		"ends in the header":              {func(b []byte) []byte { return b[:103] }, format.ErrCorrupt},
 		"ends in the long header":         {func(b []byte) []byte { return b[:111] }, format.ErrCorrupt},
@@ -194,6 +208,37 @@ func TestDecodeHeaderRefuses(t *testing.T) {
 	}
 }
 
+// TestVersion2Layout fixes where a version 2 header ends.
+func TestVersion2Layout(t *testing.T) {
+	h := validHeader()
+	h.Version, h.CompressionType, h.Incompatible, h.Compatible, h.Autoclear = 2, 0, 0, 0, 0
+	b := encode(t, &h)
+	if binary.BigEndian.Uint32(b[4:]) != 2 || binary.BigEndian.Uint32(b[72:]) != format.ExtBackingFormat || string(b[80:85]) != "qcow2" {
+		t.Errorf("% x", b[:88])
+	}
+	// What the feature bits of version 3 would be are extensions here, and the width of refcounts is fixed.
+	got, err := format.DecodeHeader(b)
+	if err != nil || got.Version != 2 || got.HeaderLength != 72 || got.RefcountBits() != 16 || got.Incompatible|got.Compatible|got.Autoclear != 0 {
+		t.Errorf("%+v, %v", got, err)
+	}
+	for name, change := range map[string]func(h *format.Header){
+		"incompatible":  func(h *format.Header) { h.Incompatible = format.IncompatDirty },
+		"compatible":    func(h *format.Header) { h.Compatible = format.CompatLazyRefcounts },
+		"autoclear":     func(h *format.Header) { h.Autoclear = format.AutoclearBitmaps },
+		"refcount bits": func(h *format.Header) { h.RefcountOrder = 3 },
+		"extended L2":   func(h *format.Header) { h.ExtendedL2 = true },
+		"data file":     func(h *format.Header) { h.DataFile = true },
+		"compression":   func(h *format.Header) { h.CompressionType = 1 },
+		"version 1":     func(h *format.Header) { h.Version = 1 },
+	} {
+		h := h
+		change(&h)
+		if _, err := h.Encode(); !errors.Is(err, format.ErrInvalid) {
+			t.Errorf("%s: %v", name, err)
+		}
+	}
+}
+
 func TestDecodeHeaderAcceptsLimits(t *testing.T) {
 	h := validHeader()
 	h.L1Entries, h.RefcountTableClusters, h.Snapshots = 4<<20, 128, 65536
@@ -220,6 +265,16 @@ func TestEncodeRefusesWhatDoesNotFit(t *testing.T) {
 	if _, err := h.Encode(); !errors.Is(err, format.ErrInvalid) { // the feature names alone fill most of 512 bytes
 		t.Error(err)
 	}
+	h = validHeader()
+	h.BackingFile = strings.Repeat("x", 1024)
+	if _, err := h.Encode(); !errors.Is(err, format.ErrInvalid) {
+		t.Error(err)
+	}
+	h = validHeader()
+	h.HeaderLength = 1 << 31
+	if _, err := h.Encode(); !errors.Is(err, format.ErrInvalid) {
+		t.Error(err)
+	}
 }
 
 func TestIncompatibleNames(t *testing.T) {
@@ -244,6 +299,9 @@ func FuzzDecodeHeader(f *testing.F) {
 	plain := validHeader()
 	plain.BackingFile, plain.Extensions = "", nil
 	f.Add(encode(f, &plain)[:112])
+	old := plain
+	old.Version, old.CompressionType, old.Incompatible, old.Compatible, old.Autoclear = 2, 0, 0, 0, 0
+	f.Add(encode(f, &old)[:72])
 	f.Fuzz(func(t *testing.T, b []byte) {
 		h, err := format.DecodeHeader(b)
 		if err != nil {
@@ -263,13 +321,26 @@ func FuzzDecodeHeader(f *testing.F) {
 		if err != nil {
 			return
 		}
-		h.HeaderLength = max(h.HeaderLength, 112)
+		if h.Version > 2 {
+			h.HeaderLength = max(h.HeaderLength, 112)
+		}
 		h2, err := format.DecodeHeader(again)
 		if err != nil {
 			t.Fatalf("%v after encoding %+v", err, h)
 		}
-		if !sameHeader(h, h2) {
+		if essence(h) != essence(h2) || !slices.Equal(unknown(h), unknown(h2)) || len(h.Extensions) != len(h2.Extensions) {
 			t.Errorf("was    %+v\nbecame %+v", h, h2)
+		}
+		for _, list := range []string{h.BackingFormat(), h.DataFileName(), h.IncompatibleNames(^uint64(0))} {
+			if len(list) > len(b)+64*64 {
+				t.Errorf("%d bytes of names", len(list))
+			}
+		}
+		if off, n, err := h.Encryption(); err == nil && off+format.HostOffset(n) > format.MaxHostOffset {
+			t.Errorf("encryption header of %d bytes at %#x", n, off)
+		}
+		if ext, err := h.Bitmaps(); err == nil && ext != nil && !bytes.Equal(ext.Encode(), h.Extension(format.ExtBitmaps).Data) {
+			t.Errorf("bitmaps %+v", ext)
 		}
 	})
 }

@@ -4,6 +4,7 @@ import (
 	"fmt"
 	"iter"
 	"math/rand/v2"
+	"slices"
 )
 
 // CrashKind is how a process ended.
@@ -31,10 +32,23 @@ type CrashState struct {
 	// Durable is how many operations of the log are surely in the content, whatever their kind: all up to the last
 	// completed sync after a power loss, all issued ones after a kill.
 	Durable int
+	// Synced is how many operations of the log had completed: every OpWriteSync among them is surely in the content too.
+	Synced int
 	// Content belongs to the receiver.
 	Content []byte
 	// Name tells states of one log apart, for messages.
 	Name string
+}
+
+// GroupCrashState is what the files of a group can hold together after a crash. The fields that it has in common with
+// [CrashState] mean the same.
+type GroupCrashState struct {
+	Kind     CrashKind
+	Issued   int
+	Durable  []int // per file: of the first so many operations of the log, those on the file are surely in its content
+	Synced   int
+	Contents [][]byte // per file
+	Name     string
 }
 
 // CrashOptions bound an enumeration.
@@ -46,152 +60,125 @@ type CrashOptions struct {
 
 const sector = 512
 
-// CrashStates enumerates what a file that held initial can hold after a crash somewhere in ops: every prefix, as
-// a kill leaves it, and for every interval between two syncs the subsets of its operations, as a power loss leaves them, all
-// of them when the interval is short, else none, each one alone, all but each one, all, and random ones; and of each interval
-// states in which writes are torn at 512-byte boundaries.
+// CrashStates enumerates what a file that held initial can hold after a crash somewhere in ops, the log of a recorder
+// without a group: every prefix, as a kill leaves it, and for every interval between two syncs the subsets of its operations, as
+// a power loss leaves them, all of them when the interval is short, else none, each one alone, all but each one, all, and
+// random ones; and of each interval states in which writes are torn at 512-byte boundaries.
+//
+// A synchronous write ([File.WriteSync]) divides its interval: while it runs it is missing or torn and those before it are
+// there or not, and after it has completed it is there in every state. It says nothing about the others.
 func CrashStates(initial []byte, ops []Op, o CrashOptions) iter.Seq[CrashState] {
+	return func(yield func(CrashState) bool) {
+		for s := range GroupCrashStates([][]byte{initial}, ops, o) {
+			if !yield(CrashState{Kind: s.Kind, Issued: s.Issued, Durable: s.Durable[0], Synced: s.Synced, Content: s.Contents[0], Name: s.Name}) {
+				return
+			}
+		}
+	}
+}
+
+// GroupCrashStates does for the files of a [RecorderGroup] what [CrashStates] does for one. Initial is what the files held, in
+// the order of the group. A sync makes the operations on its own file durable and no others; the states before it are
+// those of every file's interval, combined.
+func GroupCrashStates(initial [][]byte, ops []Op, o CrashOptions) iter.Seq[GroupCrashState] {
 	if o.Exhaustive == 0 {
 		o.Exhaustive = 12
 	}
 	if o.Random == 0 {
 		o.Random = 64
 	}
-	return func(yield func(CrashState) bool) {
+	return func(yield func(GroupCrashState) bool) {
 		rng := rand.New(rand.NewPCG(o.Seed, 0))
-		_ = kills(initial, ops, rng, yield) && powerLosses(initial, ops, o, rng, yield)
+		if !kills(newContents(initial), ops, rng, yield) {
+			return
+		}
+		p := powerLosses{ops: ops, o: o, rng: rng, yield: yield, base: newContents(initial), durable: make([]int, len(initial))}
+		p.run()
 	}
 }
 
-func kills(initial []byte, ops []Op, rng *rand.Rand, yield func(CrashState) bool) bool {
-	content := NewMemoryFrom(append([]byte(nil), initial...))
+func kills(c contents, ops []Op, rng *rand.Rand, yield func(GroupCrashState) bool) bool {
+	emit := func(c contents, issued, durable int, name string) bool {
+		return yield(GroupCrashState{
+			Kind: Kill, Issued: issued, Durable: slices.Repeat([]int{durable}, len(c)), Synced: durable, Contents: c.bytes(), Name: name,
+		})
+	}
 	for i, op := range ops {
 		if op.Kind == OpMark || op.Kind == OpSync {
 			continue
 		}
-		if op.Kind == OpWrite && sectors(op) > 1 {
-			torn := NewMemoryFrom(content.Bytes())
-			cut := 1 + rng.IntN(sectors(op)-1)
-			applyTorn(torn, op, func(s int) bool { return s < cut })
-			if !yield(CrashState{Kind: Kill, Issued: i + 1, Durable: i, Content: torn.b, Name: fmt.Sprintf("kill inside op %d (%v) after %d sectors", i, op, cut)}) {
+		if n := op.sectors(); n > 1 {
+			torn := c.clone()
+			cut := 1 + rng.IntN(n-1)
+			torn.applyTorn(op, func(s int) bool { return s < cut })
+			if !emit(torn, i+1, i, fmt.Sprintf("kill inside op %d (%v) after %d sectors", i, op, cut)) {
 				return false
 			}
 		}
-		apply(content, op)
-		if !yield(CrashState{Kind: Kill, Issued: i + 1, Durable: i + 1, Content: content.Bytes(), Name: fmt.Sprintf("kill after op %d (%v)", i, op)}) {
+		c.apply(op)
+		if !emit(c.clone(), i+1, i+1, fmt.Sprintf("kill after op %d (%v)", i, op)) {
 			return false
 		}
 	}
 	return true
 }
 
-func powerLosses(initial []byte, ops []Op, o CrashOptions, rng *rand.Rand, yield func(CrashState) bool) bool {
-	base := NewMemoryFrom(append([]byte(nil), initial...))
-	for start := 0; start < len(ops); {
-		end := start
-		for end < len(ops) && ops[end].Kind != OpSync {
-			end++
-		}
-		if !interval(base.Bytes(), ops, start, end, o, rng, yield) {
-			return false
-		}
-		for _, op := range ops[start:end] {
-			apply(base, op)
-		}
-		start = end + 1
+// contents are the files of a group.
+type contents []*Memory
+
+func newContents(b [][]byte) contents {
+	c := make(contents, len(b))
+	for i := range b {
+		c[i] = NewMemoryFrom(slices.Clone(b[i]))
 	}
-	return true
+	return c
 }
 
-// interval yields the states of a power loss after ops[:start] became durable and before the sync at end did.
-func interval(base []byte, ops []Op, start, end int, o CrashOptions, rng *rand.Rand, yield func(CrashState) bool) bool {
-	var idx []int
-	for i := start; i < end; i++ {
-		if ops[i].Kind != OpMark {
-			idx = append(idx, i)
-		}
+func (c contents) bytes() [][]byte {
+	b := make([][]byte, len(c))
+	for i, m := range c {
+		b[i] = m.b
 	}
-	emit := func(name string, keep func(k int) bool, tear bool) bool {
-		m := NewMemoryFrom(append([]byte(nil), base...))
-		set := make([]byte, len(idx))
-		for k, i := range idx {
-			set[k] = '-'
-			if !keep(k) {
-				continue
-			}
-			set[k] = '+'
-			if tear && ops[i].Kind == OpWrite && sectors(ops[i]) > 1 && rng.IntN(2) == 0 {
-				set[k] = '~'
-				applyTorn(m, ops[i], func(int) bool { return rng.IntN(2) == 0 })
-				continue
-			}
-			apply(m, ops[i])
-		}
-		return yield(CrashState{Kind: PowerLoss, Issued: end, Durable: start, Content: m.b, Name: fmt.Sprintf("power loss in ops %d..%d, %s [%s]", start, end, name, set)})
-	}
-	n := len(idx)
-	if n <= o.Exhaustive {
-		for mask := range 1 << n {
-			if !emit("subset", func(k int) bool { return mask>>k&1 != 0 }, false) {
-				return false
-			}
-		}
-	} else {
-		for only := range n {
-			if !emit("one", func(k int) bool { return k == only }, false) || !emit("all but one", func(k int) bool { return k != only }, false) {
-				return false
-			}
-		}
-		if !emit("none", func(int) bool { return false }, false) || !emit("all", func(int) bool { return true }, false) {
-			return false
-		}
-		for range o.Random {
-			if !emit("random", func(int) bool { return rng.IntN(2) == 0 }, false) {
-				return false
-			}
-		}
-	}
-	torn := false
-	for _, i := range idx {
-		torn = torn || ops[i].Kind == OpWrite && sectors(ops[i]) > 1
-	}
-	for range o.Random {
-		if torn && !emit("torn", func(int) bool { return rng.IntN(4) != 0 }, true) {
-			return false
-		}
-	}
-	return true
+	return b
 }
 
-// sectors returns how many sectors a write touches.
-func sectors(op Op) int {
-	return int((op.Offset+int64(len(op.Data))+sector-1)/sector - op.Offset/sector)
-}
+func (c contents) clone() contents { return newContents(c.bytes()) }
 
-// applyTorn writes the sectors of op that keep names, counted from 0. The file grows only as far as they reach.
-func applyTorn(m *Memory, op Op, keep func(s int) bool) {
-	for s, pos := 0, int64(0); pos < int64(len(op.Data)); s++ {
-		next := min((op.Offset+pos)/sector*sector+sector-op.Offset, int64(len(op.Data)))
-		if keep(s) {
-			apply(m, Op{Kind: OpWrite, Offset: op.Offset + pos, Data: op.Data[pos:next]})
-		}
-		pos = next
-	}
-}
-
-// apply repeats op on m, which has no limit and so cannot fail.
-func apply(m *Memory, op Op) {
+// apply repeats op, which cannot fail: the files have no limit.
+func (c contents) apply(op Op) {
+	m := c[op.File]
 	var err error
 	switch op.Kind {
-	case OpWrite:
+	case OpWrite, OpWriteSync:
 		_, err = m.WriteAt(op.Data, op.Offset)
 	case OpPunch:
 		err = m.PunchHole(op.Offset, op.Length)
 	case OpTruncate:
 		err = m.Truncate(op.Length)
+	case OpAllocate:
+		err = m.Allocate(op.Offset, op.Length)
 	case OpSync, OpMark:
 	}
 	if err != nil {
 		panic(err) // a file in memory without a limit has no error to give
 	}
+}
+
+// applyTorn writes the sectors of op that keep names, counted from 0. The file grows only as far as they reach.
+func (c contents) applyTorn(op Op, keep func(s int) bool) {
+	for s, pos := 0, int64(0); pos < int64(len(op.Data)); s++ {
+		next := min((op.Offset+pos)/sector*sector+sector-op.Offset, int64(len(op.Data)))
+		if keep(s) {
+			c.apply(Op{Kind: OpWrite, File: op.File, Offset: op.Offset + pos, Data: op.Data[pos:next]})
+		}
+		pos = next
+	}
+}
+
+// sectors returns how many sectors a write touches; 0 for other operations.
+func (o Op) sectors() int {
+	if o.Kind != OpWrite && o.Kind != OpWriteSync {
+		return 0
+	}
+	return int((o.Offset+int64(len(o.Data))+sector-1)/sector - o.Offset/sector)
 }

@@ -12,6 +12,8 @@ var (
 	ErrNoSpace = errors.New("out of space")
 	// ErrBusy: another process, QEMU included, holds the image in a way that excludes this use.
 	ErrBusy = errors.New("image is in use")
+	// ErrUnsupported: the file system has no such operation. Errors of this class also match the syscall.Errno that it gave.
+	ErrUnsupported = errors.New("not supported by the file system")
 )
 
 // classify gives err the class ErrNoSpace where that is what it means.
@@ -20,4 +22,9 @@ func classify(err error) error {
 		return fmt.Errorf("%w: %w", ErrNoSpace, err)
 	}
 	return err
+}
+
+// lacking reports whether err says that the file system, or the kernel, does not know the operation.
+func lacking(err error) bool {
+	return errors.Is(err, syscall.EOPNOTSUPP) || errors.Is(err, syscall.ENOSYS)
 }

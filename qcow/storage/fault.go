@@ -45,10 +45,17 @@ func (f *Faults) next() *Fault {
 }
 
 // WriteAt implements [File].
-func (f *Faults) WriteAt(p []byte, off int64) (int, error) {
+func (f *Faults) WriteAt(p []byte, off int64) (int, error) { return f.write(p, off, f.File.WriteAt) }
+
+// WriteSync implements [File]. What a short one leaves is not durable.
+func (f *Faults) WriteSync(p []byte, off int64) (int, error) {
+	return f.write(p, off, f.File.WriteSync)
+}
+
+func (f *Faults) write(p []byte, off int64, do func([]byte, int64) (int, error)) (int, error) {
 	x := f.next()
 	if x == nil {
-		return f.File.WriteAt(p, off)
+		return do(p, off)
 	}
 	n := 0
 	if x.Short && len(p) > 1 {
@@ -66,6 +73,14 @@ func (f *Faults) PunchHole(off, n int64) error {
 		return x.Err
 	}
 	return f.File.PunchHole(off, n)
+}
+
+// Allocate implements [File].
+func (f *Faults) Allocate(off, n int64) error {
+	if x := f.next(); x != nil {
+		return x.Err
+	}
+	return f.File.Allocate(off, n)
 }
 
 // Truncate implements [File].

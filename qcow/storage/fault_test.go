@@ -7,11 +7,13 @@ import (
 	"testing"
 )
 
-// fourChanges changes f four times and returns which changes failed.
-func fourChanges(t *testing.T, f File) (failed []int) {
+// sixChanges changes f in every way there is, once, and returns which changes failed.
+func sixChanges(t *testing.T, f File) (failed []int) {
 	t.Helper()
 	_, writeErr := f.WriteAt([]byte("abcd"), 0)
-	for i, err := range []error{writeErr, f.PunchHole(1, 1), f.Truncate(3), f.Sync()} {
+	punchErr, truncateErr, syncErr := f.PunchHole(1, 1), f.Truncate(3), f.Sync()
+	_, writeSyncErr := f.WriteSync([]byte("ef"), 4)
+	for i, err := range []error{writeErr, punchErr, truncateErr, syncErr, writeSyncErr, f.Allocate(1, 7)} {
 		if err != nil {
 			failed = append(failed, i)
 			if !errors.Is(err, syscall.EIO) {
@@ -28,15 +30,20 @@ func TestFaults(t *testing.T) {
 		failed []int
 		left   string
 	}{
-		"none":              {nil, nil, "a\x00c"},
-		"beyond the end":    {&Fault{At: 4}, nil, "a\x00c"},
-		"first once":        {&Fault{At: 0}, []int{0}, "\x00\x00\x00"},
-		"second once":       {&Fault{At: 1}, []int{1}, "abc"},
-		"third for ever":    {&Fault{At: 2, Forever: true}, []int{2, 3}, "a\x00cd"},
-		"sync once":         {&Fault{At: 3}, []int{3}, "a\x00c"},
-		"short write":       {&Fault{At: 0, Short: true}, []int{0}, "a\x00\x00"},
-		"short is no punch": {&Fault{At: 1, Short: true}, []int{1}, "abc"},
-		"all":               {&Fault{Forever: true}, []int{0, 1, 2, 3}, ""},
+		"none":             {nil, nil, "a\x00c\x00ef\x00\x00"},
+		"beyond the end":   {&Fault{At: 6}, nil, "a\x00c\x00ef\x00\x00"},
+		"first once":       {&Fault{At: 0}, []int{0}, "\x00\x00\x00\x00ef\x00\x00"},
+		"second once":      {&Fault{At: 1}, []int{1}, "abc\x00ef\x00\x00"},
+		"third for ever":   {&Fault{At: 2, Forever: true}, []int{2, 3, 4, 5}, "a\x00cd"},
+		"sync once":        {&Fault{At: 3}, []int{3}, "a\x00c\x00ef\x00\x00"},
+		"write-sync once":  {&Fault{At: 4}, []int{4}, "a\x00c\x00\x00\x00\x00\x00"},
+		"allocate once":    {&Fault{At: 5}, []int{5}, "a\x00c\x00ef"},
+		"short write":      {&Fault{At: 0, Short: true}, []int{0}, "a\x00\x00\x00ef\x00\x00"},
+		"short write-sync": {&Fault{At: 4, Short: true}, []int{4}, "a\x00c\x00e\x00\x00\x00"},
+
+		"short is no punch":    {&Fault{At: 1, Short: true}, []int{1}, "abc\x00ef\x00\x00"},
+		"short is no allocate": {&Fault{At: 5, Short: true}, []int{5}, "a\x00c\x00ef"},
+		"all":                  {&Fault{Forever: true}, []int{0, 1, 2, 3, 4, 5}, ""},
 	} {
 		t.Run(name, func(t *testing.T) {
 			if c.fault != nil {
@@ -44,10 +51,10 @@ func TestFaults(t *testing.T) {
 			}
 			mem := NewMemory()
 			f := NewFaults(mem, c.fault)
-			if failed := fourChanges(t, f); !slices.Equal(failed, c.failed) {
+			if failed := sixChanges(t, f); !slices.Equal(failed, c.failed) {
 				t.Errorf("operations %v failed, want %v", failed, c.failed)
 			}
-			if total, injected := f.Count(); total != 4 || injected != len(c.failed) {
+			if total, injected := f.Count(); total != 6 || injected != len(c.failed) {
 				t.Errorf("counted %d operations and %d faults", total, injected)
 			}
 			expectContent(t, mem, []byte(c.left))
@@ -62,4 +69,18 @@ func TestFaultShortWriteSaysHowMuch(t *testing.T) {
 		t.Errorf("short write: %d, %v", n, err)
 	}
 	expectContent(t, mem, []byte("ab"))
+}
+
+// Reading is never made to fail.
+func TestFaultsCountChangesOnly(t *testing.T) {
+	f := NewFaults(NewMemoryFrom([]byte("x")), &Fault{Err: syscall.EIO, Forever: true})
+	if _, _, err := f.NextData(0); err != nil {
+		t.Error(err)
+	}
+	if _, err := f.ReadAt(make([]byte, 1), 0); err != nil {
+		t.Error(err)
+	}
+	if total, _ := f.Count(); total != 0 {
+		t.Errorf("counted %d operations", total)
+	}
 }

@@ -21,22 +21,31 @@ const (
 	permResize    = 3
 )
 
-// A writer needs everything and shares nothing but permUnchanged, a reader reads and lets others only read.
-var (
-	writerHolds = []int64{usesBase + permRead, usesBase + permWrite, usesBase + permResize, unsharedBase + permWrite, unsharedBase + permResize}
-	writerFree  = []int64{unsharedBase + permRead, unsharedBase + permWrite, unsharedBase + permResize, usesBase + permWrite, usesBase + permResize}
-	readerHolds = []int64{usesBase + permRead, unsharedBase + permWrite, unsharedBase + permResize}
-	readerFree  = []int64{unsharedBase + permRead, usesBase + permWrite, usesBase + permResize}
-)
+// role is what a user of a file locks, and what nobody else may have locked then.
+type role struct{ holds, free []int64 }
+
+// A writer needs everything and shares nothing but permUnchanged, a reader reads and lets others only read; who shares reads
+// and lets others do anything, like QEMU's --force-share.
+var roles = map[Mode]role{
+	ReadWrite: {
+		holds: []int64{usesBase + permRead, usesBase + permWrite, usesBase + permResize, unsharedBase + permWrite, unsharedBase + permResize},
+		free:  []int64{unsharedBase + permRead, unsharedBase + permWrite, unsharedBase + permResize, usesBase + permWrite, usesBase + permResize},
+	},
+	ReadOnly: {
+		holds: []int64{usesBase + permRead, unsharedBase + permWrite, unsharedBase + permResize},
+		free:  []int64{unsharedBase + permRead, usesBase + permWrite, usesBase + permResize},
+	},
+	Shared: {
+		holds: []int64{usesBase + permRead},
+		free:  []int64{unsharedBase + permRead},
+	},
+}
 
 // lock takes the locks of the role and fails with ErrBusy if another open file description holds a conflicting one. They
 // end with the last descriptor of f.
 func lock(f *os.File, mode Mode) error {
-	holds, free := readerHolds, readerFree
-	if mode == ReadWrite {
-		holds, free = writerHolds, writerFree
-	}
-	for _, b := range holds {
+	r := roles[mode]
+	for _, b := range r.holds {
 		if err := fcntl(f, unix.F_OFD_SETLK, unix.F_RDLCK, b, nil); err != nil {
 			if errors.Is(err, unix.EAGAIN) || errors.Is(err, unix.EACCES) {
 				return fmt.Errorf("%w: byte %d is locked exclusively", ErrBusy, b)
@@ -44,7 +53,7 @@ func lock(f *os.File, mode Mode) error {
 			return fmt.Errorf("image lock on byte %d: %w", b, err)
 		}
 	}
-	for _, b := range free {
+	for _, b := range r.free {
 		var found unix.Flock_t
 		if err := fcntl(f, unix.F_OFD_GETLK, unix.F_WRLCK, b, &found); err != nil {
 			return fmt.Errorf("image lock test of byte %d: %w", b, err)

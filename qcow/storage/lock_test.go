@@ -7,6 +7,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"slices"
+	"strings"
 	"testing"
 
 	"golang.org/x/sys/unix"
@@ -14,7 +15,9 @@ import (
 	"github.com/qcow-csi/qcow-csi/test/require"
 )
 
-func modeName(m Mode) string { return map[Mode]string{ReadOnly: "reader", ReadWrite: "writer"}[m] }
+func modeName(m Mode) string {
+	return map[Mode]string{ReadOnly: "reader", ReadWrite: "writer", Shared: "sharer"}[m]
+}
 
 func TestLocks(t *testing.T) {
 	for _, c := range []struct {
@@ -25,6 +28,11 @@ func TestLocks(t *testing.T) {
 		{ReadOnly, ReadWrite, true},
 		{ReadWrite, ReadOnly, true},
 		{ReadWrite, ReadWrite, true},
+		{Shared, Shared, false},
+		{Shared, ReadOnly, false},
+		{Shared, ReadWrite, false},
+		{ReadOnly, Shared, false},
+		{ReadWrite, Shared, false},
 	} {
 		t.Run(modeName(c.first)+" then "+modeName(c.second), func(t *testing.T) {
 			f, path := newOSFile(t)
@@ -55,6 +63,7 @@ func TestLockBytes(t *testing.T) {
 	for mode, want := range map[Mode]struct{ holds, yields []int64 }{
 		ReadWrite: {holds: []int64{100, 101, 103, 201, 203}, yields: []int64{101, 103, 200, 201, 203}},
 		ReadOnly:  {holds: []int64{100, 201, 203}, yields: []int64{101, 103, 200}},
+		Shared:    {holds: []int64{100}, yields: []int64{200}},
 	} {
 		t.Run(modeName(mode), func(t *testing.T) {
 			created, path := newOSFile(t)
@@ -90,6 +99,37 @@ func TestLockBytes(t *testing.T) {
 			}
 		})
 	}
+}
+
+// A chain opens its backing file as a reader, under any number of overlays; nobody can write to it meanwhile, whatever name it goes by.
+func TestBackingFileInUse(t *testing.T) {
+	created, path := newOSFile(t)
+	closeFile(t, created)
+	alias := path + ".alias"
+	mustDo(t, os.Link(path, alias))
+	first, err := Open(path, ReadOnly)
+	mustDo(t, err)
+	second, err := Open(alias, ReadOnly)
+	mustDo(t, err)
+	if !first.Is(second) || !first.Is(first) {
+		t.Error("a file is not itself under another name")
+	}
+	if _, err := Open(alias, ReadWrite); !errors.Is(err, ErrBusy) {
+		t.Errorf("%v; want ErrBusy", err)
+	}
+	closeFile(t, first)
+	if _, err := Open(path, ReadWrite); !errors.Is(err, ErrBusy) { // the other reader's locks are its own
+		t.Errorf("%v; want ErrBusy", err)
+	}
+	closeFile(t, second)
+	writer, err := Open(path, ReadWrite)
+	mustDo(t, err)
+	other, _ := newOSFile(t)
+	if writer.Is(other) {
+		t.Error("two files are one")
+	}
+	closeFile(t, writer)
+	closeFile(t, other)
 }
 
 func TestCreatedFileIsLocked(t *testing.T) {
@@ -135,8 +175,11 @@ func TestLocksHoldQEMUOff(t *testing.T) {
 		{ReadWrite, []string{"qemu-io", "-f", "qcow2", "-c", "write 0 512"}, false},
 		{ReadOnly, []string{"qemu-img", "info", "-f", "qcow2"}, true},
 		{ReadOnly, []string{"qemu-io", "-f", "qcow2", "-c", "write 0 512"}, false},
+		{Shared, []string{"qemu-img", "info", "-f", "qcow2"}, true},
+		{Shared, []string{"qemu-io", "-f", "qcow2", "-c", "write 0 512"}, true},
+		{ReadWrite, []string{"qemu-img", "info", "-U", "-f", "qcow2"}, true},
 	} {
-		t.Run(modeName(c.mode)+" and "+c.command[0], func(t *testing.T) {
+		t.Run(modeName(c.mode)+" and "+strings.Join(c.command[:2], " "), func(t *testing.T) {
 			path := qemuImage(t)
 			f, err := Open(path, c.mode)
 			mustDo(t, err)
@@ -164,8 +207,8 @@ func TestLocksOfQEMU(t *testing.T) {
 		flags []string
 		busy  map[Mode]bool
 	}{
-		"writer": {nil, map[Mode]bool{ReadOnly: true, ReadWrite: true}},
-		"reader": {[]string{"-r"}, map[Mode]bool{ReadOnly: false, ReadWrite: true}},
+		"writer": {nil, map[Mode]bool{ReadOnly: true, ReadWrite: true, Shared: false}},
+		"reader": {[]string{"-r"}, map[Mode]bool{ReadOnly: false, ReadWrite: true, Shared: false}},
 	} {
 		t.Run(name, func(t *testing.T) {
 			path := qemuImage(t)

@@ -55,11 +55,17 @@ func (m *Memory) ReadAt(p []byte, off int64) (int, error) {
 func (m *Memory) WriteAt(p []byte, off int64) (int, error) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
+	if len(p) == 0 {
+		return 0, nil
+	}
 	if err := m.resize(max(int64(len(m.b)), off+int64(len(p)))); err != nil {
 		return 0, err
 	}
 	return copy(m.b[off:], p), nil
 }
+
+// WriteSync implements [File]. Memory is as durable as it gets at once.
+func (m *Memory) WriteSync(p []byte, off int64) (int, error) { return m.WriteAt(p, off) }
 
 // Size implements [File].
 func (m *Memory) Size() (int64, error) {
@@ -75,6 +81,16 @@ func (m *Memory) Truncate(size int64) error {
 	return m.resize(size)
 }
 
+// Allocate implements [File].
+func (m *Memory) Allocate(off, n int64) error {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if n == 0 {
+		return nil
+	}
+	return m.resize(max(int64(len(m.b)), off+n))
+}
+
 // PunchHole implements [File].
 func (m *Memory) PunchHole(off, n int64) error {
 	m.mu.Lock()
@@ -83,6 +99,28 @@ func (m *Memory) PunchHole(off, n int64) error {
 		clear(m.b[off:min(off+n, int64(len(m.b)))])
 	}
 	return nil
+}
+
+// page is the granularity of holes in a Memory.
+const page = 4096
+
+// NextData implements [File]. Of a Memory every page of zeroes is a hole, however they came there.
+func (m *Memory) NextData(off int64) (start, end int64, err error) {
+	m.mu.RLock()
+	defer m.mu.RUnlock()
+	size := int64(len(m.b))
+	data := func(at int64) bool { // whether the page of at, from there on, holds any
+		return slices.ContainsFunc(m.b[at:min(at/page*page+page, size)], func(b byte) bool { return b != 0 })
+	}
+	next := func(at int64) int64 { return min(at/page*page+page, size) }
+	for start = off; start < size && !data(start); start = next(start) {
+	}
+	if start >= size {
+		return 0, 0, io.EOF
+	}
+	for end = next(start); end < size && data(end); end = next(end) {
+	}
+	return start, end, nil
 }
 
 // Sync implements [File].

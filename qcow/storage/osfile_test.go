@@ -61,29 +61,6 @@ func expectContent(t *testing.T, f File, want []byte) {
 	}
 }
 
-// Both files do the same.
-func TestFile(t *testing.T) {
-	for name, f := range map[string]File{
-		"file":   func() File { f, _ := newOSFile(t); return f }(),
-		"memory": NewMemory(),
-	} {
-		t.Run(name, func(t *testing.T) {
-			defer closeFile(t, f)
-			expectContent(t, f, nil)
-			mustWrite(t, f, []byte("abc"), 2)
-			expectContent(t, f, []byte("\x00\x00abc"))
-			mustDo(t, f.Truncate(4), f.Truncate(6)) // what was cut off does not come back
-			expectContent(t, f, []byte("\x00\x00ab\x00\x00"))
-			mustDo(t, f.PunchHole(3, 100), f.PunchHole(50, 10), f.PunchHole(2, 0)) // the length stays
-			expectContent(t, f, []byte("\x00\x00a\x00\x00\x00"))
-			mustDo(t, f.Sync())
-			if n, err := f.ReadAt(make([]byte, 1), 6); n != 0 || !errors.Is(err, io.EOF) {
-				t.Errorf("read behind the end: %d, %v", n, err)
-			}
-		})
-	}
-}
-
 func TestPunchHoleGivesSpaceBack(t *testing.T) {
 	const size = 1 << 20
 	f, _ := newOSFile(t)
@@ -162,15 +139,23 @@ func TestOSFileErrors(t *testing.T) {
 	if _, err := f.WriteAt([]byte("y"), 0); !errors.Is(err, syscall.EBADF) {
 		t.Errorf("write to a file open read-only: %v", err)
 	}
+	if _, err := f.WriteSync([]byte("y"), 0); !errors.Is(err, syscall.EBADF) {
+		t.Errorf("synchronous write to a file open read-only: %v", err)
+	}
+	if err := f.Allocate(0, 1); !errors.Is(err, syscall.EBADF) || errors.Is(err, ErrUnsupported) {
+		t.Errorf("allocation in a file open read-only: %v", err)
+	}
 	expectContent(t, f, []byte("x"))
 	closeFile(t, f)
 	_, sizeErr := f.Size()
 	_, allocatedErr := f.AllocatedBytes()
 	_, writeErr := f.WriteAt([]byte("y"), 0)
+	_, writeSyncErr := f.WriteSync([]byte("y"), 0)
 	_, readErr := f.ReadAt(make([]byte, 1), 0)
+	_, _, dataErr := f.NextData(0)
 	for what, err := range map[string]error{
 		"size": sizeErr, "allocated": allocatedErr, "read": readErr, "write": writeErr,
-		"truncate": f.Truncate(0), "punch": f.PunchHole(0, 1), "sync": f.Sync(), "close": f.Close(),
+		"write-sync": writeSyncErr, "allocate": f.Allocate(0, 1), "data": dataErr, "truncate": f.Truncate(0), "punch": f.PunchHole(0, 1), "sync": f.Sync(), "close": f.Close(),
 	} {
 		if err == nil {
 			t.Errorf("%s of a closed file succeeded", what)

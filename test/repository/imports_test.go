@@ -24,6 +24,7 @@ type layer struct {
 
 var (
 	system  = []string{"golang.org/x/sys"}
+	engine  = []string{"github.com/klauspost/compress", "golang.org/x/crypto", "golang.org/x/sys"} // what qcow brings along
 	netlink = []string{"github.com/mdlayher", "golang.org/x/net", "golang.org/x/sync"}
 	fuse    = []string{"github.com/hanwen/go-fuse"}
 	logging = []string{"k8s.io/klog/v2", "github.com/go-logr/logr"}
@@ -37,18 +38,18 @@ var layers = []layer{
 	{folder: "qcow/check", own: []string{"qcow/format"}},
 	{
 		folder: "qcow", own: []string{"!qcow/check"},
-		foreign: append([]string{"github.com/klauspost/compress", "golang.org/x/crypto"}, system...),
+		foreign: engine,
 	},
 	{
 		folder: "nbdexport", own: []string{"qcow", "!qcow/check"},
-		foreign: append([]string{"github.com/klauspost/compress", "golang.org/x/crypto"}, system...),
+		foreign: engine,
 	},
 	{
 		folder: "driver/attach", own: []string{"nbdexport", "qcow", "!qcow/check"},
-		foreign: slices.Concat(system, netlink, fuse, logging),
+		foreign: slices.Concat(engine, netlink, fuse, logging),
 	},
 	{folder: "driver/mount", foreign: slices.Concat(system, mounts, logging)},
-	{folder: "driver/pool", own: []string{"qcow"}, foreign: slices.Concat(system, logging)},
+	{folder: "driver/pool", own: []string{"qcow"}, foreign: slices.Concat(engine, logging)},
 	{folder: "driver", own: []string{"driver", "nbdexport", "qcow"}, any: true},
 	{folder: "cmd", own: []string{"driver", "nbdexport", "qcow"}, any: true},
 	{folder: "test", own: []string{"cmd", "driver", "nbdexport", "qcow", "test"}, any: true},

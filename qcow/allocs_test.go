@@ -1,0 +1,39 @@
+//go:build !race
+
+package qcow_test
+
+import (
+	"testing"
+
+	"github.com/qcow-csi/qcow-csi/qcow"
+)
+
+// Reading and overwriting what is allocated takes no memory. The race detector empties pools at random.
+func TestRequestsTakeNoMemory(t *testing.T) {
+	img := open(t, create(t, qcow.CreateOptions{Size: 16 << 20}), qcow.Options{})
+	p := repeated(1, 1<<20)
+	for off := int64(0); off < 16<<20; off += int64(len(p)) {
+		writeAt(t, img, p, off)
+	}
+	if err := img.Flush(); err != nil {
+		t.Fatal(err)
+	}
+	for name, do := range map[string]func() error{
+		"read":       func() error { _, err := img.ReadAt(p[:4096], 5<<20+4096); return err },
+		"long read":  func() error { _, err := img.ReadAt(p, 5<<20); return err },
+		"overwrite":  func() error { _, err := img.WriteAt(p[:4096], 5<<20+4096); return err },
+		"long write": func() error { _, err := img.WriteAt(p, 5<<20); return err },
+		"flush":      img.Flush,
+	} {
+		if n := testing.AllocsPerRun(200, func() {
+			if err := do(); err != nil {
+				t.Error(err)
+			}
+		}); n >= 1 {
+			t.Errorf("%s: %v allocations", name, n)
+		}
+	}
+	if err := img.Close(); err != nil {
+		t.Fatal(err)
+	}
+}

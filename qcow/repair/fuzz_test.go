@@ -1,0 +1,111 @@
+package repair_test
+
+import (
+	"bytes"
+	"encoding/binary"
+	"errors"
+	"slices"
+	"testing"
+
+	"github.com/qcow-csi/qcow-csi/qcow/format"
+	"github.com/qcow-csi/qcow-csi/qcow/repair"
+)
+
+// FuzzRepair repairs damaged images. Whatever they hold it must not panic, hang or take much memory; a repair that says it
+// succeeded leaves a clean image, which says what was readable before; one that failed leaves what was there.
+//
+// The fuzzer does not mutate whole images, most of whose bytes mean nothing: it chooses a valid one and edits for it.
+func FuzzRepair(f *testing.F) {
+	var bases []base
+	for _, s := range fuzzSubjects {
+		bases = append(bases, newBase(s.build()))
+	}
+	for i := range bases {
+		f.Add(uint8(i), []byte{})
+		f.Add(uint8(i), bytes.Repeat([]byte{0, byte(i), 3, 0, 0, 0, 0, 0, 0, 0, 2, 0}, 3))
+		f.Add(uint8(i), bytes.Repeat([]byte{2, 0, byte(i), 1, 0, 0, 0, 0, 0, 0, 0, 9}, 2))
+		f.Add(uint8(i), []byte{3, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0x11, 1})
+	}
+	f.Fuzz(func(t *testing.T, i uint8, edits []byte) {
+		image := bases[int(i)%len(bases)].edit(edits)
+		const memory = 256 << 20
+		for _, mode := range []repair.Mode{repair.Leaks, repair.All} {
+			dry, planned, dryErr := repaired(image, repair.Options{Mode: mode, MaxMemory: memory, DryRun: true})
+			if !bytes.Equal(dry, image) {
+				t.Fatalf("mode %d: a dry run changed the image", mode)
+			}
+			got, report, err := repaired(image, repair.Options{Mode: mode, MaxMemory: memory})
+			if err != nil {
+				if report != nil || dryErr == nil {
+					t.Fatalf("mode %d: %v, a dry run said %v; with report %v", mode, err, dryErr, report)
+				}
+				if why := different(image, got); why != "" {
+					t.Fatalf("mode %d: %v, but the image has changed: %s", mode, err, why)
+				}
+				if !errors.Is(err, format.ErrCorrupt) && !errors.Is(err, format.ErrUnsupported) {
+					t.Fatal(err)
+				}
+				continue
+			}
+			if dryErr != nil || planned.String() != report.String() {
+				t.Fatalf("mode %d: planned %v, error %v; did %v", mode, planned, dryErr, report)
+			}
+			if lost := contentOf(image).lost(contentOf(got)); lost != "" && report.Count(repair.SnapshotDropped) == 0 {
+				t.Fatalf("mode %d, after %v: %s", mode, report, lost)
+			}
+			if mode == repair.Leaks {
+				continue
+			}
+			if s := unclean(got); s != "" {
+				t.Fatalf("after %v: %s", report, s)
+			}
+			if again, second, err := repaired(got, repair.Options{Mode: mode}); err != nil || !second.Clean() || !bytes.Equal(again, got) {
+				t.Fatalf("a second repair found %v, error %v", second, err)
+			}
+		}
+	})
+}
+
+// base is a valid image and the offsets of the 8-byte words of its header and tables.
+type base struct {
+	image []byte
+	words []int
+}
+
+func newBase(image []byte) base {
+	b := base{image: image}
+	for off := 0; off < 256; off += 8 {
+		b.words = append(b.words, off)
+	}
+	for _, offs := range words(image) {
+		b.words = append(b.words, offs...)
+	}
+	slices.Sort(b.words)
+	return b
+}
+
+// edit applies edits of 12 bytes each, one byte of operation, three that choose a word and eight of value, to a copy of the image.
+func (b base) edit(edits []byte) []byte {
+	image := bytes.Clone(b.image)
+	for ; len(edits) >= 12; edits = edits[12:] {
+		op, value := edits[0], binary.BigEndian.Uint64(edits[4:])
+		off := b.words[int(binary.BigEndian.Uint32(edits)&0xffffff)%len(b.words)]
+		if off+8 > len(image) {
+			continue
+		}
+		word := image[off : off+8]
+		switch op % 4 {
+		case 0:
+			format.PutEntry(word, 0, value)
+		case 1:
+			format.PutEntry(word, 0, format.Entry(word, 0)^value)
+		case 2:
+			if from := b.words[value%uint64(len(b.words))]; from+8 <= len(image) {
+				copy(word, image[from:from+8])
+			}
+		case 3:
+			image = image[:value%uint64(len(image)+1)]
+		}
+	}
+	return image
+}
