@@ -187,6 +187,7 @@ func TestDamagedImages(t *testing.T) {
 						format.PutEntry(word, 0, uint64(rng.IntN(len(image))&^(s.clusterSize-1)))
 					}
 				}
+				copy(image, valid[:8]) // without its magic it is no image
 				if rng.IntN(8) == 0 {
 					image = image[:len(image)-rng.IntN(len(image)/4)]
 				}
