@@ -213,35 +213,3 @@ func (a *amendment) downgrade(img *Image) error {
 		h.SetExtension(format.ExtFeatureNames, nil)
 	})
 }
-
-// changeHeader changes anything in the header, after everything written so far has become durable. A crash, or an error, leaves the old header or
-// the new one, except that extensions which nothing depends on may be missing ([format.Header.Rewrite]).
-func (img *Image) changeHeader(change func(*format.Header)) error {
-	img.headerMu.Lock()
-	defer img.headerMu.Unlock()
-	h := img.header
-	change(&h)
-	cluster := make([]byte, h.ClusterSize())
-	if err := readFull(img.file, cluster, 0); err != nil {
-		return fmt.Errorf("read header: %w", err)
-	}
-	writes, err := h.Rewrite(cluster)
-	if err != nil {
-		return err
-	}
-	if err := img.sync(); err != nil {
-		return err
-	}
-	for _, w := range writes {
-		old := cluster[w.Offset:][:len(w.Data)]
-		if err := img.overwrite(w.Offset, old, w.Data); err != nil {
-			return fmt.Errorf("write header: %w", err)
-		}
-		copy(old, w.Data)
-		if err := img.sync(); err != nil {
-			return err
-		}
-	}
-	img.header = h
-	return nil
-}

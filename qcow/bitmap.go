@@ -115,7 +115,7 @@ type bitmaps struct {
 	list   []*bitmap
 }
 
-// all returns the bitmaps.
+// allBitmaps returns the bitmaps.
 func (img *Image) allBitmaps() ([]*bitmap, error) {
 	if err := img.usable(); err != nil {
 		return nil, err

@@ -115,11 +115,9 @@ func (b *bitmap) entryBytes() int {
 func (img *Image) disownBitmaps() error {
 	img.headerMu.Lock()
 	defer img.headerMu.Unlock()
-	if err := img.poisoned(); err != nil {
-		return err
-	}
+	field := func(bits uint64) []byte { return binary.BigEndian.AppendUint64(nil, bits) }
 	autoclear := img.header.Autoclear &^ format.AutoclearBitmaps
-	if _, err := img.file.WriteAt(binary.BigEndian.AppendUint64(nil, autoclear), format.AutoclearOffset); err != nil {
+	if err := img.overwrite(format.AutoclearOffset, field(img.header.Autoclear), field(autoclear)); err != nil {
 		return fmt.Errorf("clear autoclear features: %w", err)
 	}
 	if err := img.sync(); err != nil {

@@ -66,7 +66,7 @@ func (s *shadow) carryBitmaps(size uint64, touched func(mark func(off, n uint64)
 func (img *Image) switchSize(old, size int64) error {
 	resize := func(h *format.Header) { h.Size = uint64(size) }
 	if len(img.bitmaps.list) == 0 {
-		return img.switchHeader(resize)
+		return img.changeHeader(resize)
 	}
 	return img.underShadow(func(s *shadow) (func(*format.Header), func(), error) {
 		gained := func(mark func(off, n uint64)) error {

@@ -1,7 +1,6 @@
 package qcow
 
 import (
-	"bytes"
 	"fmt"
 	"slices"
 
@@ -205,43 +204,6 @@ func (img *Image) saveBitmaps() error {
 	})
 	if err != nil {
 		return fmt.Errorf("save bitmaps: %w", err)
-	}
-	return nil
-}
-
-// sameBitmaps reports whether two headers say the same of bitmaps.
-func sameBitmaps(a, b *format.Header) bool {
-	x, y := a.Extension(format.ExtBitmaps), b.Extension(format.ExtBitmaps)
-	if x == nil || y == nil {
-		return x == y && a.Autoclear == b.Autoclear
-	}
-	return bytes.Equal(x.Data, y.Data) && a.Autoclear == b.Autoclear
-}
-
-// rewriteHeader makes h the header of the image file. When it fails the header is the old one, but for extensions that nobody needs, or the
-// image is poisoned. The caller holds headerMu and has made durable what h refers to.
-func (img *Image) rewriteHeader(h *format.Header) error {
-	cluster := make([]byte, h.ClusterSize())
-	if err := readFull(img.file, cluster, 0); err != nil {
-		return fmt.Errorf("read header: %w", err)
-	}
-	writes, err := h.Rewrite(cluster)
-	if err != nil {
-		return err
-	}
-	for _, w := range writes {
-		old := cluster[w.Offset:][:len(w.Data)]
-		if err := img.overwrite(w.Offset, old, w.Data); err != nil {
-			// The first sector may be the new one already, and what follows those extensions only.
-			if now, _ := format.DecodeHeader(cluster); now != nil && bytes.Equal(now.EncodeSwitch(), h.EncodeSwitch()) && sameBitmaps(now, h) {
-				return img.poisoned()
-			}
-			return fmt.Errorf("write header: %w", err)
-		}
-		copy(old, w.Data)
-		if err := img.sync(); err != nil {
-			return err
-		}
 	}
 	return nil
 }

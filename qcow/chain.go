@@ -272,52 +272,6 @@ func setBacking(h *format.Header, name, backingFormat string) {
 	}
 }
 
-// rewriteBacking makes everything written so far durable and then changes the backing file in the header: after a crash the header names
-// the old one or the new one. The caller sees to it that the disk reads the same with either.
-func (img *Image) rewriteBacking(name, backingFormat string) error {
-	if img.external() {
-		if err := img.syncData(); err != nil {
-			return err
-		}
-	}
-	if err := img.sync(); err != nil {
-		return err
-	}
-	img.headerMu.Lock()
-	defer img.headerMu.Unlock()
-	cluster, writes, err := img.planBacking(name, backingFormat)
-	if err != nil {
-		return err
-	}
-	for _, w := range writes {
-		old := cluster[w.Offset:][:len(w.Data)]
-		if err := img.overwrite(w.Offset, old, w.Data); err != nil {
-			return fmt.Errorf("write header: %w", err)
-		}
-		copy(old, w.Data)
-		if err := img.sync(); err != nil {
-			return err
-		}
-	}
-	setBacking(&img.header, name, backingFormat)
-	return nil
-}
-
-// planBacking returns the first cluster as it is now, and the writes that lead from there to another backing file.
-func (img *Image) planBacking(name, backingFormat string) (cluster []byte, writes []format.HeaderWrite, err error) {
-	cluster = make([]byte, img.geometry.ClusterSize())
-	if err := readFull(img.file, cluster, 0); err != nil {
-		return nil, nil, fmt.Errorf("read header: %w", err)
-	}
-	h, err := format.DecodeHeader(cluster)
-	if err != nil {
-		return nil, nil, err
-	}
-	setBacking(h, name, backingFormat)
-	writes, err = h.Rewrite(cluster)
-	return cluster, writes, err
-}
-
 // replaceBacking makes b, nil for none, the backing file in memory. The old one is closed by whoever called, when it returns: nobody uses
 // that any more.
 func (img *Image) replaceBacking(b *backing) (old *backing) {

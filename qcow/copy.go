@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"io"
 	"iter"
+	"slices"
 	"sync"
 
 	"github.com/qcow-csi/qcow-csi/qcow/format"
@@ -186,7 +187,7 @@ func (c *copier) copy(s span) error {
 		return fmt.Errorf("read %d bytes at %d: %w", len(b), s.off, err)
 	}
 	if c.compressed != nil {
-		return c.compressed.WriteCompressed(b, s.off)
+		return c.compressed.WriteCompressed(c.wholeClusters(b, s.off), s.off)
 	}
 	for pos := 0; pos < len(b); {
 		n, zero := c.alike(b[pos:])
@@ -202,6 +203,16 @@ func (c *copier) copy(s span) error {
 		pos += n
 	}
 	return nil
+}
+
+// wholeClusters returns b, or, where that ends within a cluster because the source ends there and the target does not, b with zeroes behind it.
+func (c *copier) wholeClusters(b []byte, off int64) []byte {
+	size, end := int64(c.compressed.geometry.ClusterSize()), off+int64(len(b))
+	missing := min((end+size-1)/size*size, c.compressed.Size()) - end
+	if missing == 0 {
+		return b
+	}
+	return append(slices.Clip(b), make([]byte, missing)...)
 }
 
 // alike returns how many bytes at the start of b are zeroes, or are not, in units of the sparse size.

@@ -105,12 +105,12 @@ func TestCopy(t *testing.T) {
 
 // What the target held before does not shine through.
 func TestCopyOverwrites(t *testing.T) {
-	const size = 9 << 20
+	const size, behind = 9<<20 + 1000, 1<<20 - 1000
 	for name, o := range map[string]qcow.CopyOptions{"sparse": {}, "whole": {SparseSize: -1}, "compressed": {Compress: true}} {
 		t.Run(name, func(t *testing.T) {
-			source, target := storage.NewMemory(), create(t, qcow.CreateOptions{Size: size + 1<<20})
+			source, target := storage.NewMemory(), create(t, qcow.CreateOptions{Size: size + behind})
 			content := make([]byte, size)
-			copy(content[5<<20:], mixed(rand.New(rand.NewPCG(8, 8)), 1<<20, 4096))
+			copy(content[5<<20:], mixed(rand.New(rand.NewPCG(8, 8)), 4<<20+1000, 4096))
 			if _, err := source.WriteAt(content, 0); err != nil {
 				t.Fatal(err)
 			}
@@ -119,12 +119,12 @@ func TestCopyOverwrites(t *testing.T) {
 				t.Fatal(err)
 			}
 			img := open(t, target, qcow.Options{})
-			writeAt(t, img, repeated(0xff, size+1<<20), 0)
+			writeAt(t, img, repeated(0xff, size+behind), 0)
 			if err := qcow.Copy(t.Context(), img, disk, o); err != nil {
 				t.Fatal(err)
 			}
 			expectAt(t, img, content, 0)
-			expectAt(t, img, make([]byte, 1<<20), size)
+			expectAt(t, img, make([]byte, behind), size)
 			if err := img.Close(); err != nil {
 				t.Fatal(err)
 			}

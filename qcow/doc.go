@@ -40,8 +40,7 @@
 // from being reused. Overlapping requests at the same time leave each sector with the value of one of them. Operations on the image as
 // a whole (maintain) run one at a time; those under a shadow hold requests that change something up (freeze).
 //
-// Lock order, each taken before the ones after it: Image.maintenance, Image.maintaining, the freeze, claims, packing.mu,
-// Image.newTable, allocator.mu, Image.headerMu,
-// tableSlice.mu; and these, under which nothing else is locked: tableCache.mu, Image.l1mu, metadataMap.mu, quarantine.mu,
-// groupSync.mu, CacheBudget.mu. Inside an epoch nothing waits for epochs: Flush, Resize, Close and the like run outside.
+// Lock order, each taken before the ones after it: Image.maintenance, Image.maintaining, the freeze, recording.mu, claims, packing.mu,
+// Image.newTable, allocator.mu, Image.headerMu, tableSlice.mu; and these, under which nothing else is locked: bitmaps.mu, tableCache.mu,
+// Image.l1mu, metadataMap.mu, quarantine.mu, groupSync.mu, CacheBudget.mu. Inside an epoch nothing waits for epochs: Flush, Resize, Close and the like run outside.
 package qcow

@@ -168,34 +168,6 @@ func (img *Image) begin(off, n int64, write bool) (epoch uint32, err error) {
 	return epoch, nil
 }
 
-// switchHeader changes the header's table pointers and size with one write within one sector, so that the image has either
-// the old ones or the new ones whatever happens, and makes that durable. Everything that the new header points to is made
-// durable first.
-func (img *Image) switchHeader(change func(*format.Header)) error {
-	img.headerMu.Lock()
-	defer img.headerMu.Unlock()
-	h := img.header
-	change(&h)
-	if err := img.sync(); err != nil {
-		return err
-	}
-	if !sameBitmaps(&h, &img.header) {
-		if err := img.rewriteHeader(&h); err != nil {
-			return err
-		}
-		img.header = h
-		return nil
-	}
-	if err := img.overwrite(format.SwitchOffset, img.header.EncodeSwitch(), h.EncodeSwitch()); err != nil {
-		return fmt.Errorf("write header: %w", err)
-	}
-	if err := img.sync(); err != nil {
-		return err
-	}
-	img.header = h
-	return nil
-}
-
 // overwrite replaces the metadata old at off by b. When the file refuses that, old is there as before; where even that is
 // not certain the image is poisoned, so that nothing is ever based on what may be there.
 func (img *Image) overwrite(off format.HostOffset, old, b []byte) error {

@@ -4,19 +4,8 @@ import (
 	"iter"
 
 	"github.com/qcow-csi/qcow-csi/qcow/format"
+	"github.com/qcow-csi/qcow-csi/qcow/luks"
 )
-
-// MeasureOptions are the properties of a planned image that decide, besides CreateOptions, how large its file becomes.
-type MeasureOptions struct {
-	ExtendedL2       bool  // L2 entries of 16 bytes, with subclusters
-	Preallocated     bool  // every guest cluster gets a host cluster with real disk space at once
-	Backing          bool  // on top of a backing file: any cluster of the source may have to be stored
-	EncryptionHeader int64 // bytes of the LUKS header; 0: not encrypted
-
-	// Source is what the image shall hold, in ascending order and without overlaps; nil: nothing yet. Only ExtentData and
-	// ExtentCompressed take space. [Image.Extents] is a source.
-	Source iter.Seq2[Extent, error]
-}
 
 // Measurement is how large the file of an image becomes.
 type Measurement struct {
@@ -24,33 +13,33 @@ type Measurement struct {
 	FullyAllocated int64 // bytes when the guest has written to every cluster
 }
 
-// Measure computes the largest length that the file of a planned image can reach, without internal snapshots and
-// persistent bitmaps. The numbers are exactly those of qemu-img measure -O qcow2. It fails with ErrInvalid on options
-// that no image can have, and with whatever error the source ends with.
-func Measure(o CreateOptions, m MeasureOptions) (Measurement, error) {
+// Measure computes the largest length that the file of an image with the properties of o can reach, without internal snapshots and
+// persistent bitmaps. It shall hold what source describes in ascending order and without overlaps, as [Image.Extents] does, of which only
+// ExtentData and ExtentCompressed take space; with nil, nothing yet. On top of a backing file any cluster of the source may have to be stored,
+// and counts. The numbers are exactly those of qemu-img measure -O qcow2. It fails with ErrInvalid on options that no image
+// can have, and with whatever error the source ends with.
+func Measure(o CreateOptions, source iter.Seq2[Extent, error]) (Measurement, error) {
 	g, err := o.geometry()
 	if err != nil {
 		return Measurement{}, err
 	}
-	g.ExtendedL2 = m.ExtendedL2
-	if g.ExtendedL2 && (g.ClusterBits < format.MinExtendedL2ClusterBits || uint64(o.Size) > g.MaxVirtualSize()) {
-		return Measurement{}, format.Invalidf("clusters of %d bytes are too small for extended L2 entries, or for a disk of %d bytes with them",
-			g.ClusterSize(), o.Size)
-	}
-	if m.EncryptionHeader < 0 || m.EncryptionHeader > format.MaxL1Bytes {
-		return Measurement{}, format.Invalidf("encryption header of %d bytes", m.EncryptionHeader)
+	encryption := uint64(0)
+	if o.Encryption != nil {
+		if encryption, err = luks.HeaderSize(o.Encryption.CreateOptions); err != nil {
+			return Measurement{}, err
+		}
 	}
 	guest := g.ClustersFor(uint64(o.Size))
 	stored := uint64(0)
 	switch {
-	case m.Preallocated, m.Backing && m.Source != nil:
+	case o.Preallocation > PreallocationMetadata, o.BackingFile != "" && source != nil:
 		stored = guest
-	case m.Source != nil:
-		if stored, err = storedClusters(g, m.Source); err != nil {
+	case source != nil:
+		if stored, err = storedClusters(g, source); err != nil {
 			return Measurement{}, err
 		}
 	}
-	overhead := tableClusters(g, guest) + g.ClustersFor(uint64(m.EncryptionHeader))
+	overhead := tableClusters(g, guest) + g.ClustersFor(encryption)
 	return Measurement{
 		Required:       int64((overhead + stored) << g.ClusterBits),
 		FullyAllocated: int64((overhead + guest) << g.ClusterBits),

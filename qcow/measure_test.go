@@ -47,9 +47,9 @@ func qemuMeasure(t *testing.T, args ...string) (qcow.Measurement, error) {
 
 // measurePlan is a planned image, and what qemu-img measure is told of it.
 type measurePlan struct {
-	o    qcow.CreateOptions
-	m    qcow.MeasureOptions
-	opts []string
+	o      qcow.CreateOptions
+	source iter.Seq2[qcow.Extent, error]
+	opts   []string
 }
 
 func measureLong() bool { return os.Getenv("QCOW_CSI_LONG") == "1" }
@@ -71,8 +71,7 @@ func measurePlans() []measurePlan {
 						continue
 					}
 					p := measurePlan{
-						o:    qcow.CreateOptions{ClusterSize: 1 << bits, RefcountBits: width},
-						m:    qcow.MeasureOptions{ExtendedL2: extended, Preallocated: prealloc == "falloc" || prealloc == "full"},
+						o:    qcow.CreateOptions{ClusterSize: 1 << bits, RefcountBits: width, ExtendedL2: extended, Preallocation: qcow.Preallocation(k)},
 						opts: []string{fmt.Sprintf("cluster_size=%d,refcount_bits=%d,preallocation=%s", 1<<bits, width, prealloc)},
 					}
 					if extended {
@@ -96,7 +95,7 @@ func (p measurePlan) compare(t *testing.T, source ...string) {
 		args = append([]string{"-o", p.String()}, source...)
 	}
 	want, wantErr := qemuMeasure(t, args...)
-	got, err := qcow.Measure(p.o, p.m)
+	got, err := qcow.Measure(p.o, p.source)
 	if (err != nil) != (wantErr != nil) || got != want {
 		t.Errorf("%v %v, %d bytes: %+v, error %v, want %+v, error %v", p, source, p.o.Size, got, err, want, wantErr)
 	}
@@ -163,13 +162,13 @@ func TestMeasureSources(t *testing.T) {
 			}
 		}
 		for _, p := range measurePlans() {
-			p.o.Size, p.m.Source = size, rawExtents(f)
+			p.o.Size, p.source = size, rawExtents(f)
 			p.compare(t, "-f", "raw", path)
 		}
-		backing := measurePlan{o: qcow.CreateOptions{Size: size}, m: qcow.MeasureOptions{Backing: true, Source: rawExtents(f)}}
+		backing := measurePlan{o: qcow.CreateOptions{Size: size, BackingFile: "base", BackingFormat: "raw"}, source: rawExtents(f)}
 		backing.opts = []string{"backing_file=base,backing_fmt=raw"}
 		backing.compare(t, "-f", "raw", path)
-		plain := measurePlan{o: qcow.CreateOptions{Size: size}, m: qcow.MeasureOptions{Source: rawExtents(f)}}
+		plain := measurePlan{o: qcow.CreateOptions{Size: size}, source: rawExtents(f)}
 		plain.compare(t, "-f", "raw", path)
 		plain.opts = []string{"compat=0.10"}
 		plain.compare(t, "-f", "raw", path)
@@ -201,13 +200,13 @@ func TestMeasureImage(t *testing.T) {
 		t.Fatal(err)
 	}
 	for _, p := range measurePlans() {
-		p.o.Size, p.m.Source = size, img.Extents(0, size)
+		p.o.Size, p.source = size, img.Extents(0, size)
 		p.compare(t, "-U", "-f", "qcow2", path)
 	}
 	if err := img.Close(); err != nil {
 		t.Fatal(err)
 	}
-	if got, err := qcow.Measure(qcow.CreateOptions{Size: size}, qcow.MeasureOptions{Source: img.Extents(0, size)}); !errors.Is(err, qcow.ErrClosed) {
+	if got, err := qcow.Measure(qcow.CreateOptions{Size: size}, img.Extents(0, size)); !errors.Is(err, qcow.ErrClosed) {
 		t.Errorf("of a closed image: %+v, error %v", got, err)
 	}
 }
@@ -227,13 +226,8 @@ func TestMeasureEncrypted(t *testing.T) {
 		if c.cluster > 64<<10 && !measureLong() {
 			continue
 		}
-		header, err := luks.HeaderSize(c.o)
-		if err != nil {
-			t.Fatal(err)
-		}
 		p := measurePlan{
-			o:    qcow.CreateOptions{Size: 1 << 30, ClusterSize: c.cluster},
-			m:    qcow.MeasureOptions{EncryptionHeader: int64(header)},
+			o:    qcow.CreateOptions{Size: 1 << 30, ClusterSize: c.cluster, Encryption: &qcow.EncryptionOptions{CreateOptions: c.o}},
 			opts: []string{fmt.Sprintf("cluster_size=%d,encrypt.format=luks,encrypt.key-secret=s,encrypt.iter-time=10%s", c.cluster, c.opts)},
 		}
 		p.compare(t, "--object", "secret,id=s,data=pw", "--size", "1G")
@@ -246,21 +240,16 @@ func TestMeasureRefuses(t *testing.T) {
 		{o: qcow.CreateOptions{ClusterSize: 1000}, opts: []string{"cluster_size=1000"}},
 		{o: qcow.CreateOptions{ClusterSize: 4 << 20}, opts: []string{"cluster_size=4M"}},
 		{o: qcow.CreateOptions{RefcountBits: 3}, opts: []string{"refcount_bits=3"}},
-		{o: qcow.CreateOptions{ClusterSize: 8192}, m: qcow.MeasureOptions{ExtendedL2: true}, opts: []string{"cluster_size=8192,extended_l2=on"}},
+		{o: qcow.CreateOptions{ClusterSize: 8192, ExtendedL2: true}, opts: []string{"cluster_size=8192,extended_l2=on"}},
 		{o: qcow.CreateOptions{ClusterSize: 512, Size: 128<<30 + 512}, opts: []string{"cluster_size=512"}},
-		{o: qcow.CreateOptions{Size: 1<<50 + 1<<50}, m: qcow.MeasureOptions{ExtendedL2: true}, opts: []string{"extended_l2=on"}},
+		{o: qcow.CreateOptions{Size: 1<<50 + 1<<50, ExtendedL2: true}, opts: []string{"extended_l2=on"}},
 	} {
 		p.compare(t, "--size", fmt.Sprint(p.o.Size))
-		if _, err := qcow.Measure(p.o, p.m); !errors.Is(err, qcow.ErrInvalid) {
+		if _, err := qcow.Measure(p.o, p.source); !errors.Is(err, qcow.ErrInvalid) {
 			t.Errorf("%v: %v", p, err)
 		}
 	}
-	for _, n := range []int64{-1, 1 << 40} {
-		if _, err := qcow.Measure(qcow.CreateOptions{}, qcow.MeasureOptions{EncryptionHeader: n}); !errors.Is(err, qcow.ErrInvalid) {
-			t.Errorf("encryption header of %d bytes: %v", n, err)
-		}
-	}
-	if _, err := qcow.Measure(qcow.CreateOptions{Size: -512}, qcow.MeasureOptions{}); !errors.Is(err, qcow.ErrInvalid) {
+	if _, err := qcow.Measure(qcow.CreateOptions{Size: -512}, nil); !errors.Is(err, qcow.ErrInvalid) {
 		t.Errorf("negative size: %v", err)
 	}
 }

@@ -104,7 +104,7 @@ func (img *Image) Rebase(ctx context.Context, o RebaseOptions) (err error) {
 	defer thaw()
 	r := &rebase{img: img, before: img.under(), after: after}
 	if err = r.run(ctx, o.Progress); err == nil {
-		err = img.rewriteBacking(o.BackingFile, o.BackingFormat)
+		err = img.changeHeader(func(h *format.Header) { setBacking(h, o.BackingFile, o.BackingFormat) })
 	}
 	if err != nil {
 		return errors.Join(err, after.close())
@@ -116,12 +116,12 @@ func (img *Image) Rebase(ctx context.Context, o RebaseOptions) (err error) {
 func (img *Image) openRebased(ctx context.Context, o *RebaseOptions) (*backing, error) {
 	img.headerMu.Lock()
 	h := img.header
-	_, _, err := img.planBacking(o.BackingFile, o.BackingFormat) // is there room? to be known before anything is copied
+	setBacking(&h, o.BackingFile, o.BackingFormat)
+	_, _, err := img.planHeader(&h) // is there room? to be known before anything is copied
 	img.headerMu.Unlock()
 	if err != nil || o.BackingFile == "" {
 		return nil, err
 	}
-	setBacking(&h, o.BackingFile, o.BackingFormat)
 	return openBacking(&h, Options{Gate: o.Gate, Passphrase: o.Passphrase, Budget: img.tables.share.budget, ctx: ctx})
 }
 

@@ -253,7 +253,7 @@ func (r *refcounts) growTable(start format.Cluster) (used run, err error) {
 	if _, err := img.file.WriteAt(table, int64(at)); err != nil {
 		return run{}, fmt.Errorf("write refcount table at %#x: %w", uint64(at), err)
 	}
-	err = img.switchHeader(func(h *format.Header) {
+	err = img.changeHeader(func(h *format.Header) {
 		h.RefcountTableOffset, h.RefcountTableClusters = at, uint32(tableClusters)
 	})
 	if err != nil {

@@ -126,7 +126,7 @@ func (img *Image) growL1(entries uint64, size int64) error {
 		return fmt.Errorf("write L1 table at %#x: %w", uint64(g.OffsetOf(x.first)), err)
 	}
 	img.metadata.add(x)
-	err = img.switchHeader(func(h *format.Header) {
+	err = img.changeHeader(func(h *format.Header) {
 		h.Size, h.L1Entries, h.L1Offset = uint64(size), uint32(entries), g.OffsetOf(x.first)
 	})
 	if err != nil {

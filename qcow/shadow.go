@@ -122,7 +122,7 @@ func (s *shadow) commit(change func(*format.Header), done func()) error {
 	if err := s.writeAt(place, table); err != nil {
 		return err
 	}
-	err = img.switchHeader(func(h *format.Header) {
+	err = img.changeHeader(func(h *format.Header) {
 		h.RefcountTableOffset, h.RefcountTableClusters = g.OffsetOf(place.first), uint32(place.n)
 		change(h)
 	})

@@ -211,7 +211,7 @@ func (s *stream) finish() error {
 	if s.base != nil {
 		name, backingFormat = s.o.BaseName, s.base.format
 	}
-	if err := img.rewriteBacking(name, backingFormat); err != nil {
+	if err := img.changeHeader(func(h *format.Header) { setBacking(h, name, backingFormat) }); err != nil {
 		return err
 	}
 	old := img.replaceBacking(s.base)

@@ -227,7 +227,7 @@ func (c *conversion) copy(ctx context.Context, img *qcow.Image, disk *sourceDisk
 		target = &difference{img: img, compress: o.Compress, unit: img.Info().ClusterSize}
 		o = qcow.CopyOptions{SparseSize: -1, Progress: o.Progress}
 	}
-	source := paddedDisk{disk, max(disk.Size(), img.Size())} // or the last cluster would be compressed in part
+	source := paddedDisk{disk, max(disk.Size(), img.Size())} // a difference works in whole clusters
 	if err := qcow.Copy(ctx, target, source, o); err != nil || !c.bitmaps {
 		return err
 	}

@@ -4,11 +4,11 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"iter"
 
 	"github.com/spf13/cobra"
 
 	"github.com/qcow-csi/qcow-csi/qcow"
-	"github.com/qcow-csi/qcow-csi/qcow/luks"
 )
 
 func newImageMeasureCommand() *cobra.Command {
@@ -86,27 +86,16 @@ func (m *measurement) of(size int64, disk *sourceDisk) (r imageMeasure, err erro
 	if err != nil {
 		return r, err
 	}
-	mo := qcow.MeasureOptions{
-		ExtendedL2:   o.ExtendedL2,
-		Preallocated: o.Preallocation > qcow.PreallocationMetadata,
-		Backing:      o.BackingFile != "",
-	}
-	if o.Encryption != nil {
-		n, err := luks.HeaderSize(o.Encryption.CreateOptions)
-		if err != nil {
-			return r, err
-		}
-		mo.EncryptionHeader = int64(n)
-	}
+	var source iter.Seq2[qcow.Extent, error]
 	if disk != nil {
-		mo.Source = disk.Extents(0, size)
+		source = disk.Extents(0, size)
 		if disk.image != nil && disk.image.Info().Version >= 3 && o.Version != 2 {
 			if r.Bitmaps, err = bitmapBytes(disk.image, int64(max(o.ClusterSize, 0))); err != nil {
 				return r, err
 			}
 		}
 	}
-	x, err := qcow.Measure(o, mo)
+	x, err := qcow.Measure(o, source)
 	r.Required, r.FullyAllocated = x.Required, x.FullyAllocated
 	return r, err
 }

@@ -1,6 +1,10 @@
 package format
 
-import "bytes"
+import (
+	"bytes"
+	"cmp"
+	"slices"
+)
 
 // HeaderWrite is one write to the first cluster of an image.
 type HeaderWrite struct {
@@ -124,4 +128,34 @@ func plan(size uint64, from layout, steps []layout) ([]HeaderWrite, bool) {
 		cluster, from = next, to
 	}
 	return writes, true
+}
+
+// Same reports whether two headers say the same, but for extensions that are not essential (see [Header.Rewrite]).
+func (h *Header) Same(o *Header) bool { return h.sameBut(o, 0) }
+
+// SameButSwitch reports whether [Header.EncodeSwitch] covers all in which two headers differ, but for extensions that are not
+// essential.
+func (h *Header) SameButSwitch(o *Header) bool { return h.sameBut(o, SwitchLength) }
+
+// sameBut compares what two headers say, without the first n bytes at SwitchOffset.
+func (h *Header) sameBut(o *Header, n int) bool {
+	a, errA := h.essence()
+	b, errB := o.essence()
+	if errA != nil || errB != nil {
+		return false
+	}
+	clear(a[SwitchOffset:][:n])
+	clear(b[SwitchOffset:][:n])
+	return bytes.Equal(a, b)
+}
+
+// essence returns the header without extensions that are not essential, and the others in the order of their types.
+func (h *Header) essence() ([]byte, error) {
+	fixed, err := h.encodeFixed()
+	if err != nil {
+		return nil, err
+	}
+	exts := essentials(h.Extensions)
+	slices.SortStableFunc(exts, func(a, b Extension) int { return cmp.Compare(a.Type, b.Type) })
+	return arrange(fixed, exts, h.BackingFile, 0).bytes, nil
 }
