@@ -53,8 +53,8 @@ type Options struct {
 //
 // It fails with ErrUnsupported for features that are not known, and with ErrCorrupt when the header or
 // a table it names is damaged, lies outside the file or overlaps another. An image marked corrupt can be opened
-// read-only. One marked dirty has its refcounts repaired when it is opened for writing; otherwise a failed Open leaves the file as it
-// is.
+// read-only. One marked dirty is repaired when it is opened for writing, unless something would have to be given up, which is ErrCorrupt and for
+// the caller to decide (package repair); otherwise a failed Open leaves the file as it is.
 func Open(f storage.File, o Options) (*Image, error) {
 	return OpenContext(context.Background(), f, o)
 }
@@ -162,7 +162,7 @@ func readSound(ctx context.Context, f storage.File, readOnly bool) (*format.Head
 		if repaired {
 			return nil, 0, format.Corruptf("header", format.IncompatibleOffset, "the image is still marked dirty after its repair")
 		}
-		if _, err := repair.Run(ctx, f, repair.Options{Mode: repair.All}); err != nil {
+		if _, err := repair.Run(ctx, f, repair.Options{Mode: repair.All, Lossless: true}); err != nil {
 			return nil, 0, fmt.Errorf("repair an image that is marked dirty: %w", err)
 		}
 	}

@@ -196,6 +196,22 @@ func TestOpenRepairsDirtyImage(t *testing.T) {
 	expectClean(t, f.Bytes())
 }
 
+// A repair that nobody has asked for gives nothing up.
+func TestOpenLeavesLossToTheUser(t *testing.T) {
+	m := newHandmade(t, qcow.CreateOptions{Size: 64 << 10, ClusterSize: 1024}, func(img *qcow.Image) {
+		writeAt(t, img, repeated(1, 5000), 0)
+	})
+	m.patchHeader(atIncompatible, 8, format.IncompatDirty)
+	m.put(m.l2Entry(1), uint64(format.NewL2Entry(1<<40, true)))
+	f := m.file()
+	before := f.Bytes()
+	_, err := qcow.Open(f, qcow.Options{})
+	expectClass(t, "open", err, qcow.ErrCorrupt)
+	if !bytes.Equal(f.Bytes(), before) {
+		t.Error("the image was changed")
+	}
+}
+
 // Images that are marked can be read, and those marked corrupt not written.
 func TestOpenMarkedImage(t *testing.T) {
 	for _, c := range []struct {

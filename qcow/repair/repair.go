@@ -20,8 +20,11 @@ const (
 
 // Options tune a repair. The zero value of each field but Mode asks for the default.
 type Options struct {
-	Mode       Mode
-	DryRun     bool  // change nothing, only report what would be changed
+	Mode   Mode
+	DryRun bool // change nothing, only report what would be changed
+	// Lossless refuses an image of which something would have to be given up: a pointer that cannot be followed may be all that is
+	// known of data that still is in the file.
+	Lossless   bool
 	MaxChanges int   // how many changes to keep in the report; default 1000
 	MaxMemory  int64 // bytes to spend on what is known of clusters and tables; default 1 GiB
 
@@ -42,7 +45,7 @@ const (
 //
 // It fails with ErrCorrupt when there is nothing to repair from: the header is unusable, or the L1 table or the
 // encryption header is not in the file; when a refcount would have to be larger than its width allows; and in mode Leaks when
-// the refcounts must be rebuilt, which takes mode All. It fails with ErrUnsupported when the image has a feature that is not
+// the refcounts must be rebuilt, which takes mode All; and for what Lossless refuses. It fails with ErrUnsupported when the image has a feature that is not
 // known here, and with ErrNoSpace when the file system is full. Whenever it fails without a report the image is what it was.
 // An error beside a report says that the image is repaired, but not all free clusters were given back.
 func Run(ctx context.Context, f storage.File, o Options) (*Report, error) {
@@ -116,6 +119,9 @@ func (r *repairer) run(ctx context.Context) error {
 		if err := step(ctx); err != nil {
 			return err
 		}
+	}
+	if r.o.Lossless && r.lost > 0 {
+		return format.Corruptf("image", 0, "its tables have %d pointers that cannot be followed, and to repair it would be to give up what they meant", r.lost)
 	}
 	r.next = *r.h
 	r.next.Incompatible &^= format.IncompatDirty | format.IncompatCorrupt
