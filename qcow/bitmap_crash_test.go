@@ -575,5 +575,5 @@ func TestCrashBitmapsResize(t *testing.T) {
 	w.reopen()
 	w.expectExact()
 	w.finish()
-	t.Logf("%d states", w.run(initial, storage.CrashOptions{Seed: 1, Exhaustive: 4, Random: 3}, 40))
+	t.Logf("%d states", w.run(initial, storage.CrashOptions{Seed: 1, Exhaustive: 6, Random: 12}, 40))
 }

@@ -83,7 +83,7 @@ func crashRecipes() []recipe {
 
 // TestCreateCrash enumerates what a crash leaves of a Create: nothing that could be taken for an image, or the whole.
 func TestCreateCrash(t *testing.T) {
-	o := storage.CrashOptions{Exhaustive: 4, Random: 4}
+	o := storage.CrashOptions{Exhaustive: 5, Random: 8}
 	if long() {
 		o = storage.CrashOptions{}
 	}

@@ -3,6 +3,7 @@ package qcow_test
 import (
 	"bytes"
 	"context"
+	"errors"
 	"fmt"
 	"maps"
 	"math/rand/v2"
@@ -231,36 +232,42 @@ func TestRebaseUnsafe(t *testing.T) {
 
 // A crash inside an unsafe rebase leaves the old name or the new one.
 func TestCrashRebaseUnsafe(t *testing.T) {
-	rec := storage.NewRecorder(create(t, qcow.CreateOptions{Size: 512, ClusterSize: 4096}))
-	initial := contentOf(t, rec)
-	names := []string{"", "a", strings.Repeat("b", 1000), "c", strings.Repeat("d", 700), "", "e"}
-	ends := []int{0}
-	for _, name := range names[1:] {
-		form := "raw"
-		if name == "" {
-			form = ""
-		}
-		if err := qcow.RebaseUnsafe(rec, name, form); err != nil {
-			t.Fatal(err)
-		}
-		ends = append(ends, len(rec.Ops()))
-	}
+	rng := rand.New(rand.NewPCG(9, 9))
 	states := 0
-	for s := range storage.CrashStates(initial, rec.Ops(), storage.CrashOptions{}) {
-		h, err := format.DecodeHeader(s.Content)
-		if err != nil {
-			t.Fatalf("%s: %v", s.Name, err)
-		}
-		at := 0 // the last name that was durable
-		for i, end := range ends {
-			if end <= s.Issued {
-				at = i
+	for _, o := range []qcow.CreateOptions{{ClusterSize: 512}, {ClusterSize: 1024, Version: 2}, {ClusterSize: 4096}, {ClusterSize: 64 << 10}} {
+		rec := storage.NewRecorder(create(t, o))
+		initial := contentOf(t, rec)
+		names, ends := []string{""}, []int{0}
+		for len(names) < 40 {
+			name, form := strings.Repeat(string(rune('a'+rng.IntN(26))), rng.IntN(min(o.ClusterSize-150, format.MaxBackingName))), "raw"
+			if name == "" {
+				form = ""
 			}
+			err := qcow.RebaseUnsafe(rec, name, form)
+			if errors.Is(err, qcow.ErrInvalid) { // there is no room beside the old name
+				continue
+			}
+			if err != nil {
+				t.Fatal(err)
+			}
+			names, ends = append(names, name), append(ends, len(rec.Ops()))
 		}
-		if h.BackingFile != names[at] && (at+1 == len(names) || h.BackingFile != names[at+1]) {
-			t.Fatalf("%s: the backing file is %q", s.Name, h.BackingFile)
+		for s := range storage.CrashStates(initial, rec.Ops(), storage.CrashOptions{}) {
+			h, err := format.DecodeHeader(s.Content)
+			if err != nil {
+				t.Fatalf("%s: %v", s.Name, err)
+			}
+			at := 0 // the last name that was durable
+			for i, end := range ends {
+				if end <= s.Issued {
+					at = i
+				}
+			}
+			if h.BackingFile != names[at] && (at+1 == len(names) || h.BackingFile != names[at+1]) {
+				t.Fatalf("%s: the backing file is %q", s.Name, h.BackingFile)
+			}
+			states++
 		}
-		states++
 	}
 	t.Logf("%d states", states)
 }

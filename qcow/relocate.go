@@ -16,6 +16,7 @@ func (c *compaction) moveShared() error {
 	}
 	taken := sortRuns(placesOf(places))
 	err = c.img.underShadow(func(s *shadow) (func(*format.Header), func(), error) {
+		s.stop = c.ctx.Err
 		r := &relocation{shadow: s, limit: c.limit, places: places}
 		return r.build()
 	})

@@ -48,7 +48,7 @@ func TestWriteSyncCost(t *testing.T) {
 // What WriteSync has answered is there after every crash.
 func TestCrashWriteSync(t *testing.T) {
 	w, initial := newCrashWorkload(t, 5, qcow.CreateOptions{Size: 96 << 10, ClusterSize: 512}, 8*512, 16<<10)
-	for range 40 {
+	for range 60 {
 		w.random()
 		n := (w.rng.Int64N(3*w.cluster) + sector) / sector * sector
 		off := w.rng.Int64N(w.img.Size()-n) / sector * sector
