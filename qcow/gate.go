@@ -58,13 +58,18 @@ func (g Gate) open(r Reference) (Opened, error) {
 // image was opened by. It refuses names with a protocol ("nbd:", "json:"), which are no paths, and, with ErrCorrupt, files that the chain
 // has come by already. It trusts the image, and the format that it states: it is for images of the user's own.
 func Beside(path string) Gate {
-	return beside(path, []string{path})
+	return beside(path, storage.ReadOnly, []string{path})
+}
+
+// BesideShared is Beside for an image that is only read, even while others write to the files that it names: these are not locked against that.
+func BesideShared(path string) Gate {
+	return beside(path, storage.Shared, []string{path})
 }
 
 // errLoop says that an image is its own backing file.
 var errLoop = errors.New("the chain of backing files comes back to itself")
 
-func beside(path string, seen []string) Gate {
+func beside(path string, reading storage.Mode, seen []string) Gate {
 	return func(r Reference) (Opened, error) {
 		if err := mustBePath(r.Name); err != nil {
 			return Opened{}, err
@@ -86,7 +91,7 @@ func beside(path string, seen []string) Gate {
 				return Opened{}, fmt.Errorf("%w: %w: %s", ErrCorrupt, errLoop, name)
 			}
 		}
-		return openReference(target, r, beside(name, append(slices.Clip(seen), target)))
+		return openReference(target, reading, r, beside(name, reading, append(slices.Clip(seen), target)))
 	}
 }
 
@@ -103,7 +108,7 @@ func within(dir string, seen []string) Gate {
 		if slices.Contains(seen, r.Name) {
 			return Opened{}, fmt.Errorf("%w: %w: %s", ErrCorrupt, errLoop, r.Name)
 		}
-		return openReference(filepath.Join(dir, r.Name), r, within(dir, append(slices.Clip(seen), r.Name)))
+		return openReference(filepath.Join(dir, r.Name), storage.ReadOnly, r, within(dir, append(slices.Clip(seen), r.Name)))
 	}
 }
 
@@ -115,10 +120,11 @@ func mustBePath(name string) error {
 	return nil
 }
 
-func openReference(path string, r Reference, next Gate) (Opened, error) {
+// openReference opens the file at path; for reading in the mode that says how.
+func openReference(path string, reading storage.Mode, r Reference, next Gate) (Opened, error) {
 	mode := storage.ReadWrite
 	if r.ReadOnly {
-		mode = storage.ReadOnly
+		mode = reading
 	}
 	f, err := storage.Open(path, mode)
 	if err != nil {

@@ -46,6 +46,14 @@ func (a *access) mode(readOnly bool) storage.Mode {
 	return storage.ReadWrite
 }
 
+// gate opens what the image at path names.
+func (a *access) gate(path string) qcow.Gate {
+	if a.shared {
+		return qcow.BesideShared(path)
+	}
+	return qcow.Beside(path)
+}
+
 // openImage opens the image at path, and the files that it names. Closing the image closes them all.
 func (a *access) openImage(ctx context.Context, path string, o qcow.Options) (_ *storage.OSFile, _ *qcow.Image, err error) {
 	if o.Passphrase, err = a.passphrase.read(); err != nil {
@@ -55,7 +63,7 @@ func (a *access) openImage(ctx context.Context, path string, o qcow.Options) (_ 
 	if err != nil {
 		return nil, nil, err
 	}
-	o.Gate = qcow.Beside(path)
+	o.Gate = a.gate(path)
 	img, err := qcow.OpenContext(ctx, f, o)
 	if err != nil {
 		return nil, nil, fmt.Errorf("%s: %w", path, errors.Join(err, f.Close()))

@@ -166,7 +166,7 @@ func (a *access) readChain(path string, all bool) (chain []*layer, err error) {
 		chain = append(chain, l)
 		return err
 	})
-	gate := qcow.Beside(path)
+	gate := a.gate(path)
 	for err == nil && all && chain[len(chain)-1].backing() != "" {
 		var l *layer
 		if l, gate, err = readBacking(gate, chain[len(chain)-1]); err == nil {
