@@ -1,25 +1,33 @@
 package qcow_test
 
 import (
+	"bytes"
 	"context"
 	"encoding/binary"
 	"errors"
 	"runtime"
+	"slices"
 	"testing"
+	"time"
 
 	"github.com/qcow-csi/qcow-csi/qcow"
 	"github.com/qcow-csi/qcow-csi/qcow/check"
+	"github.com/qcow-csi/qcow-csi/qcow/codec"
 	"github.com/qcow-csi/qcow-csi/qcow/format"
+	"github.com/qcow-csi/qcow-csi/qcow/repair"
 	"github.com/qcow-csi/qcow-csi/qcow/storage"
 )
 
-// fuzzShapes are the images that the fuzzer damages.
+// fuzzShapes are the images that the fuzzer damages. Those with refcounts of 16 bits have a snapshot and compressed clusters too.
 var fuzzShapes = []qcow.CreateOptions{
 	{Size: 64 << 10, ClusterSize: 512, RefcountBits: 16},
 	{Size: 40<<10 + 512, ClusterSize: 512, RefcountBits: 64},
 	{Size: 100 << 10, ClusterSize: 1024, RefcountBits: 1},
 	{Size: 256 << 10, ClusterSize: 4096, RefcountBits: 8},
 	{Size: 1 << 20, ClusterSize: 65536, RefcountBits: 16},
+	{Size: 100 << 10, ClusterSize: 1024, RefcountBits: 16, Version: 2},
+	{Size: 256 << 10, ClusterSize: 16 << 10, RefcountBits: 16, ExtendedL2: true},
+	{Size: 128 << 10, ClusterSize: 2048, RefcountBits: 16, Compression: codec.Zstd},
 }
 
 const (
@@ -39,6 +47,16 @@ func fuzzBases(f *testing.F) []*handmade {
 			if err := img.Discard(2*cluster, cluster); err != nil {
 				f.Fatal(err)
 			}
+			if o.RefcountBits != 16 {
+				return
+			}
+			if err := img.WriteCompressed(repeated(3, 3*cluster), 8*cluster); err != nil {
+				f.Fatal(err)
+			}
+			if _, err := img.CreateSnapshot(f.Context(), "base", time.Unix(1, 0)); err != nil {
+				f.Fatal(err)
+			}
+			writeAt(f, img, repeated(4, 2*cluster), 4*cluster)
 		})
 	}
 	return bases
@@ -86,8 +104,10 @@ func damage(m *handmade, code bytecode) []byte {
 			off, n = f.off, f.n
 		case 1:
 			off = m.h.L1Offset + 8*format.HostOffset(where/8)
-		case 2, 3:
+		case 2:
 			off = m.l2Table(1) + 8*format.HostOffset(where/8)
+		case 3:
+			off = m.h.SnapshotsOffset + 8*format.HostOffset(where/8)
 		case 4:
 			off = m.h.RefcountTableOffset + 8*format.HostOffset(where/8)
 		case 5:
@@ -124,6 +144,13 @@ type program struct {
 	img   *qcow.Image
 	sound bool
 	model []byte
+	kept  []keptSnapshot
+}
+
+// keptSnapshot is a snapshot that the program has taken, with the model of then.
+type keptSnapshot struct {
+	id    string
+	model []byte
 }
 
 func (p *program) run(code bytecode) {
@@ -149,7 +176,7 @@ func (p *program) run(code bytecode) {
 
 func (p *program) step(op byte, off, n int64) {
 	var err error
-	switch op % 8 {
+	switch op % 16 {
 	case 0, 1:
 		_, err = p.img.WriteAt(repeated(op, n), off)
 		p.changed(err, off, n, op)
@@ -181,8 +208,63 @@ func (p *program) step(op byte, off, n int64) {
 		for _, err := range p.img.Extents(off, n) {
 			p.tolerate(err)
 		}
+	case 8:
+		cluster := int64(p.img.Info().ClusterSize)
+		off, n = off/cluster*cluster, n/cluster*cluster
+		if n = min(n, (p.img.Size()-off)/cluster*cluster); n > 0 {
+			err = p.img.WriteCompressed(repeated(op, n), off)
+			p.changed(err, off, n, op)
+		}
+	case 9:
+		_, err = p.img.WriteSync(repeated(op, n), off)
+		p.changed(err, off, n, op)
+	case 10:
+		_, err = p.img.Compact(context.Background(), nil)
+	case 11:
+		if err = p.img.Resize(context.Background(), (p.img.Size()-off%(8<<10))/512*512); err == nil {
+			p.model = p.model[:min(int64(len(p.model)), p.img.Size())]
+		}
+	case 12, 13, 14:
+		err = p.snapshot(op%16, off)
 	}
 	p.tolerate(err)
+}
+
+// snapshot creates a snapshot, for which refcounts may be too narrow, or applies or deletes one of those that it has created.
+func (p *program) snapshot(op byte, choice int64) error {
+	ctx := context.Background()
+	if op == 12 {
+		s, err := p.img.CreateSnapshot(ctx, "kept", time.Unix(1, 0))
+		if err == nil {
+			p.kept = append(p.kept, keptSnapshot{s.ID, bytes.Clone(p.model)})
+		}
+		return tolerateOf(err, qcow.ErrInvalid)
+	}
+	if len(p.kept) == 0 {
+		return tolerateOf(p.img.ApplySnapshot(ctx, "none"), qcow.ErrNotFound)
+	}
+	i := int(choice % int64(len(p.kept)))
+	if op == 13 {
+		err := p.img.ApplySnapshot(ctx, p.kept[i].id)
+		if err == nil {
+			p.model = bytes.Clone(p.kept[i].model)
+			p.compare(0, int64(len(p.model)))
+		}
+		return err
+	}
+	err := p.img.DeleteSnapshot(ctx, p.kept[i].id)
+	if err == nil {
+		p.kept = slices.Delete(p.kept, i, i+1)
+	}
+	return err
+}
+
+// tolerateOf returns err unless it is other.
+func tolerateOf(err, other error) error {
+	if errors.Is(err, other) {
+		return nil
+	}
+	return err
 }
 
 // tolerate accepts the errors that a sound image may give: a full disk.
@@ -228,21 +310,24 @@ func (p *program) compare(off, n int64) {
 // sound reports whether nothing is wrong with an image but that refcounts are too high: what a crash may leave.
 func sound(r *check.Report) bool { return r.Corruptions == 0 }
 
-// FuzzOpen damages a valid image and uses what can still be opened. Nothing may panic, hang, or take memory without a bound, and the
+// FuzzOpen damages a valid image, uses what can still be opened, and repairs what is left. Nothing may panic, hang, or take memory without a bound, and the
 // bytes of the header that say what the rest means never change. A sound image must also keep its
 // data, and stay sound.
 func FuzzOpen(f *testing.F) {
 	bases := fuzzBases(f)
 	use := []byte("\x00\x00\x02\x00\x10\x00\x04\x00\x00\x00\x40\x00\x05\x00\x00\x00\x00\x00\x01\x00\x00\x00\x80\x00\x06\x00\x40\x00\x00\x00\x80\x00\x00\x10\x08\x00\x02\x00\x00\x00\xff\xff\x07\x00\x00\x00\xff\xff")
+	keep := []byte("\x0c\x00\x00\x00\x00\x00\x08\x00\x00\x00\x40\x00\x00\x00\x08\x00\x30\x00\x0c\x00\x00\x01\x00\x00\x05\x00\x00\x00\x00\x00\x0e\x00\x00\x00\x00\x00\x0d\x00\x00\x01\x00\x00" +
+		"\x09\x00\x00\x00\x20\x00\x0e\x00\x00\x01\x00\x00\x0b\x00\x10\x00\x00\x00\x0a\x00\x00\x00\x00\x00\x07\x00\x00\x00\xff\xff")
 	for i := range fuzzShapes {
 		for _, patches := range []string{
-			"",
+			"", "\x03\x11", "\x0b\x11", "\x13\x05",
 			"\x02\x09", "\x02\x11", "\x02\x19", "\x02\x21", "\x0a\x31", "\x0a\x32\x12\x31", // L2 entries that point at tables
 			"\x01\x00", "\x01\x21", "\x04\x00", "\x04\x11", "\x05\x00", "\x05\x07", "\x0d\x00",
 			"\x18\x06\x00\x00\x00\x00\x00\x10\x00\x00", "\x28\x00", "\x58\x04", "\x68\x04", // header
 			"\x07\x00\x08\x00", "\x07\x00\x04\x01",
 		} {
 			f.Add(byte(i), []byte(patches), use)
+			f.Add(byte(i), []byte(patches), keep)
 		}
 	}
 	f.Fuzz(func(t *testing.T, shape byte, patches, code []byte) {
@@ -283,5 +368,30 @@ func FuzzOpen(f *testing.F) {
 				t.Fatalf("a sound image was damaged: %v, %v", report, err)
 			}
 		}
+		mend(t, file)
 	})
+}
+
+// mend repairs what is left of an image. A repair that succeeds leaves one that can be read to its end.
+func mend(t *testing.T, file *storage.Memory) {
+	t.Helper()
+	file = storage.NewMemoryFrom(file.Bytes()) // its owner has closed it
+	file.Limit(fuzzFileLimit)
+	if _, err := repair.Run(t.Context(), file, repair.Options{Mode: repair.All, MaxMemory: 128 << 20}); err != nil {
+		if !errors.Is(err, qcow.ErrCorrupt) && !errors.Is(err, qcow.ErrUnsupported) && !errors.Is(err, qcow.ErrNoSpace) {
+			t.Fatalf("an error without a class: %v", err)
+		}
+		return
+	}
+	if report, err := check.Check(t.Context(), file, check.Options{}); err != nil || !report.Clean() {
+		t.Fatalf("repaired: %v, %v", report, err)
+	}
+	img := open(t, file, qcow.Options{ReadOnly: true, WithoutBacking: true})
+	_, err := img.ReadAt(make([]byte, min(img.Size(), fuzzWindow)), 0)
+	if err != nil && !errors.Is(err, qcow.ErrCorrupt) { // what a compressed cluster holds no repair knows
+		t.Fatalf("read what was repaired: %v", err)
+	}
+	if err := img.Close(); err != nil {
+		t.Fatal(err)
+	}
 }
