@@ -28,6 +28,7 @@ type allocator struct {
 	hint     format.Cluster // no cluster below it is free
 	nextFill uint64         // clusters to fill the reserve with next time
 	maxFill  uint64
+	keep     uint64 // the file is not made shorter than so many clusters (see keepTail)
 }
 
 // take returns at least one and at most n neighbouring clusters of the reserve.
@@ -40,14 +41,14 @@ func (a *allocator) takeBelow(n uint64, limit format.Cluster) (run, error) {
 	a.mu.Lock()
 	defer a.mu.Unlock()
 	if len(a.reserve) == 0 {
-		if err := a.fill(n); err != nil {
+		if err := a.fill(n, limit); err != nil {
 			return run{}, fmt.Errorf("allocate clusters: %w", err)
 		}
 	}
-	head := &a.reserve[0]
-	if head.first >= limit {
+	if len(a.reserve) == 0 || a.reserve[0].first >= limit {
 		return run{}, nil
 	}
+	head := &a.reserve[0]
 	x := run{head.first, min(n, head.n, uint64(limit-head.first))}
 	head.first, head.n = head.first+format.Cluster(x.n), head.n-x.n
 	if head.n == 0 {
@@ -63,17 +64,20 @@ func (a *allocator) giveBack(x run) {
 	a.stained = append(a.stained, x)
 }
 
-// fill puts at least one cluster, and if possible n and more, into the empty reserve.
-func (a *allocator) fill(n uint64) error {
+// fill puts at least one cluster, and if possible n and more, into the empty reserve; none where only those from limit on are free.
+func (a *allocator) fill(n uint64, limit format.Cluster) error {
 	g := a.img.geometry
 	want := min(max(n, a.nextFill), a.maxFill)
 	if len(a.stained) == 0 {
-		if err := a.claimFree(want); err != nil && len(a.stained) == 0 {
+		if err := a.claimFree(want, limit); err != nil && len(a.stained) == 0 {
 			return err
 		}
 	}
 	if err := a.img.poisoned(); err != nil {
 		return err
+	}
+	if len(a.stained) == 0 {
+		return nil
 	}
 	// Everything that was stained, just claimed or not, becomes zero and durable with one sync.
 	clean := sortRuns(a.stained)
@@ -91,18 +95,24 @@ func (a *allocator) fill(n uint64) error {
 	return nil
 }
 
-// claimFree raises the refcount of up to want free clusters, at least one, to 1 and counts them as stained: free clusters inside
-// the file first, then new ones behind its end, which it extends. What it had claimed before it failed stays claimed.
-func (a *allocator) claimFree(want uint64) error {
+// claimFree raises the refcount of up to want free clusters before limit, at least one if there is one, to 1 and counts them as stained: free
+// clusters inside the file first, then new ones behind its end, which it extends. What it had claimed before it failed stays claimed.
+func (a *allocator) claimFree(want uint64, limit format.Cluster) error {
 	g := a.img.geometry
 	for total := uint64(0); total < want; {
 		x, err := a.counts.freeRun(a.hint, want-total)
 		if err != nil {
 			return err
 		}
-		a.hint = x.first
+		if a.hint = x.first; x.first >= limit {
+			return nil
+		}
+		x.n = min(x.n, uint64(limit-x.first))
 		if uint64(x.end())<<g.ClusterBits > uint64(format.MaxHostOffset) {
 			return fmt.Errorf("%w: the image file has reached the limit of its format", ErrNoSpace)
+		}
+		if total > 0 && a.counts.block(x.first) == 0 {
+			return nil // a refcount block for nothing but the reserve would keep the file from being cut off
 		}
 		used, err := a.counts.cover(x.first)
 		if err != nil {
@@ -306,15 +316,35 @@ func (a *allocator) trim() error {
 	return a.cut()
 }
 
-// cut cuts off the free clusters at the end of the file.
+// keepTail keeps the end of a file that is being opened from being cut off, if its last cluster is free: where the image is damaged that may
+// be in use all the same, and its refcount the only thing that is wrong.
+func (a *allocator) keepTail() error {
+	end := a.end.Load()
+	count, err := a.counts.get(format.Cluster(end - 1))
+	if count == 0 {
+		a.keep = end
+	}
+	return err
+}
+
+func (a *allocator) keepNothing() {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	a.keep = 0
+}
+
+// cut cuts off the free clusters at the end of the file, unless tables lie there, which they do where refcounts are wrong.
 func (a *allocator) cut() error {
 	g := a.img.geometry
 	used, err := a.counts.usedBefore(format.Cluster(a.end.Load()))
 	if err != nil {
 		return err
 	}
-	end := uint64(used)
-	if end == a.end.Load() {
+	end := max(uint64(used), a.keep)
+	if end >= a.end.Load() {
+		return nil
+	}
+	if _, found := a.img.metadata.find(run{format.Cluster(end), a.end.Load() - end}); found {
 		return nil
 	}
 	if err := a.img.file.Truncate(int64(end << g.ClusterBits)); err != nil {

@@ -33,13 +33,14 @@ func (img *Image) Compact(ctx context.Context, progress func(done, total int64))
 	if progress == nil {
 		progress = func(int64, int64) {}
 	}
+	img.alloc.keepNothing()
 	var sum Compacted
 	for pass := 0; ; pass++ {
 		if err := img.settleReserve(); err != nil {
 			return sum, err
 		}
-		c := &compaction{img: img, ctx: ctx, progress: progress}
 		before := img.alloc.end.Load()
+		c := &compaction{img: img, ctx: ctx, progress: progress, end: format.Cluster(before)}
 		if pass > 0 { // a few clusters that had no place before
 			c.progress = func(int64, int64) {}
 		}
@@ -51,8 +52,9 @@ func (img *Image) Compact(ctx context.Context, progress func(done, total int64))
 		}
 		sum.After = int64(after << img.geometry.ClusterBits)
 		sum.Moved += c.moved
-		// Tables that were exchanged may have found no place before the limit; the next pass has it.
-		if err := errors.Join(err, trimErr); err != nil || c.moved == 0 || after >= before || pass == 2 {
+		// Tables that were exchanged may have found no place before the limit; the next pass has it. So may a refcount block that the reserve
+		// needed behind the end of the file.
+		if err := errors.Join(err, trimErr); err != nil || after == before || after < before && c.moved == 0 || pass == 2 {
 			return sum, err
 		}
 	}
@@ -72,6 +74,7 @@ type compaction struct {
 	img      *Image
 	ctx      context.Context
 	progress func(done, total int64)
+	end      format.Cluster // where the file ends
 	limit    format.Cluster // there are as many clusters before it as are in use: what lies behind is to move
 	total    int64          // bytes in use behind limit when the pass began
 	moved    int64          // bytes

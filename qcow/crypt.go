@@ -20,10 +20,12 @@ var ErrPassphrase = luks.ErrPassphrase
 
 // openCipher finds the key of an encrypted image.
 func (img *Image) openCipher(ctx context.Context, passphrase []byte) error {
-	switch img.cryptMethod {
-	case cryptNone:
+	switch {
+	case img.cryptMethod == cryptNone:
 		return nil
-	case cryptAES:
+	case len(passphrase) == 0:
+		return fmt.Errorf("no passphrase for an encrypted image: %w", ErrPassphrase)
+	case img.cryptMethod == cryptAES:
 		c, err := luks.LegacyAES(passphrase)
 		if err != nil {
 			return err
@@ -34,9 +36,6 @@ func (img *Image) openCipher(ctx context.Context, passphrase []byte) error {
 	b, err := img.readEncryptionHeader()
 	if err != nil {
 		return err
-	}
-	if len(passphrase) == 0 {
-		return fmt.Errorf("the image is encrypted: %w", ErrPassphrase)
 	}
 	c, _, err := luks.Open(ctx, b, passphrase)
 	if err != nil {

@@ -57,6 +57,8 @@ func (img *Image) ResizeWith(ctx context.Context, size int64, o ResizeOptions) e
 
 // rawDataFile reports whether the data file is at any time a raw image of the disk.
 func (img *Image) rawDataFile() bool {
+	img.headerMu.Lock()
+	defer img.headerMu.Unlock()
 	return img.external() && img.header.Autoclear&format.AutoclearRawDataFile != 0
 }
 

@@ -7,23 +7,20 @@ import (
 )
 
 // loadTables reads the refcount table and the L1 table, and checks that both, and all tables that they point to, lie inside the file
-// of size bytes, one beside the other.
+// of size bytes, one beside the other. Who only reads the image does so whatever is wrong with refcounts.
 func (img *Image) loadTables(size uint64) error {
 	h := &img.header
 	img.metadata.add(run{0, 1})
-	var err error
-	if img.alloc.counts.table, err = img.loadTable("refcount table", h.RefcountTableOffset, h.RefcountTableBytes(), size); err != nil {
+	err := img.loadRefcounts(size)
+	if err != nil && !img.readOnly {
 		return err
+	}
+	if err != nil {
+		img.metadata.set, img.alloc.counts.table = clusterSet{}, nil
+		img.metadata.add(run{0, 1})
 	}
 	if img.l1, err = img.loadTable("L1 table", h.L1Offset, h.L1Bytes(), size); err != nil {
 		return err
-	}
-	for i := range uint64(len(img.alloc.counts.table)) / format.EntrySize {
-		e := format.RefcountTableEntry(format.Entry(img.alloc.counts.table, i))
-		at := h.RefcountTableOffset + format.HostOffset(i*format.EntrySize)
-		if err := img.addPointed("refcount table", at, e.Offset(), e.Reserved(), size); err != nil {
-			return err
-		}
 	}
 	for i := range uint64(h.L1Entries) {
 		e := format.L1Entry(format.Entry(img.l1, i))
@@ -32,13 +29,28 @@ func (img *Image) loadTables(size uint64) error {
 			return err
 		}
 	}
-	if img.alloc.counts.block(0) == 0 {
-		return format.Corruptf("refcount table", h.RefcountTableOffset, "no refcount block covers the header")
-	}
 	if err := img.loadSnapshots(size); err != nil {
 		return err
 	}
 	return img.loadEncryptionArea(size)
+}
+
+func (img *Image) loadRefcounts(size uint64) (err error) {
+	h, counts := &img.header, &img.alloc.counts
+	if counts.table, err = img.loadTable("refcount table", h.RefcountTableOffset, h.RefcountTableBytes(), size); err != nil {
+		return err
+	}
+	for i := range uint64(len(counts.table)) / format.EntrySize {
+		e := format.RefcountTableEntry(format.Entry(counts.table, i))
+		at := h.RefcountTableOffset + format.HostOffset(i*format.EntrySize)
+		if err := img.addPointed("refcount table", at, e.Offset(), e.Reserved(), size); err != nil {
+			return err
+		}
+	}
+	if counts.block(0) == 0 {
+		return format.Corruptf("refcount table", h.RefcountTableOffset, "no refcount block covers the header")
+	}
+	return nil
 }
 
 // loadSnapshots reads the snapshot table, and remembers every table of the snapshots as metadata. Their L2 tables may be shared, with each

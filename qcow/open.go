@@ -92,7 +92,7 @@ func OpenContext(ctx context.Context, f storage.File, o Options) (_ *Image, err 
 	if o.ReadOnly {
 		return img, nil
 	}
-	if err := img.checkTail(); err != nil {
+	if err := errors.Join(img.checkTail(), img.alloc.keepTail()); err != nil {
 		return nil, err
 	}
 	if err := img.keepBitmaps(uint64(size)); err != nil {

@@ -1,6 +1,7 @@
 package qcow
 
 import (
+	"errors"
 	"slices"
 
 	"github.com/qcow-csi/qcow-csi/qcow/format"
@@ -17,12 +18,16 @@ func (c *compaction) moveShared() error {
 	taken := sortRuns(placesOf(places))
 	err = c.img.underShadow(func(s *shadow) (func(*format.Header), func(), error) {
 		s.stop = c.ctx.Err
+		s.end = c.end // tables that find no place in the file stay, or it would get longer
 		r := &relocation{shadow: s, limit: c.limit, places: places}
 		return r.build()
 	})
 	if err != nil {
 		for _, x := range taken {
 			c.img.alloc.giveBack(x)
+		}
+		if errors.Is(err, errNoPlace) {
+			return nil
 		}
 		return err
 	}

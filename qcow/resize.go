@@ -10,8 +10,11 @@ import (
 // Resize makes the virtual disk size bytes long, a multiple of 512. The bytes gained read as zeroes; those lost are lost, their space
 // goes back to the file system, and they stay in internal snapshots. It is durable when Resize returns nil, and a crash leaves the one
 // size or the other. Requests go on meanwhile; while the disk shrinks, those that change it wait. The size it has already is success, one
-// that the format can't express ErrInvalid.
+// that the format can't express ErrInvalid. What a disk gains whose data file is a raw image gets PreallocationMetadata.
 func (img *Image) Resize(ctx context.Context, size int64) error {
+	if size > img.Size() && img.rawDataFile() {
+		return img.ResizeWith(ctx, size, ResizeOptions{Preallocation: PreallocationMetadata})
+	}
 	end, err := img.maintain(ctx)
 	if err != nil {
 		return err

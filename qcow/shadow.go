@@ -20,6 +20,7 @@ type shadow struct {
 	blocks map[uint64][]byte         // changed refcount blocks, by their index in the refcount table
 	places map[uint64]format.Cluster // where these will be
 	next   format.Cluster            // no cluster before it is taken for the shadow any more
+	end    format.Cluster            // unless 0, none from it on is taken: then the operation is given up with errNoPlace
 	taken  []run                     // free before, used by the shadow
 	tables []run                     // of these what holds tables
 	freed  []run                     // the refcount becomes 0
@@ -54,6 +55,8 @@ func (img *Image) underShadow(build func(s *shadow) (change func(*format.Header)
 	return err
 }
 
+var errNoPlace = errors.New("no free place before the given end")
+
 // allocate returns n neighbouring clusters that are free now, and not only after the commit. They have one reference then.
 func (s *shadow) allocate(n uint64) (run, error) {
 	counts, g := &s.img.alloc.counts, s.img.geometry
@@ -71,6 +74,9 @@ func (s *shadow) allocate(n uint64) (run, error) {
 		if uint64(x.end())<<g.ClusterBits > uint64(format.MaxHostOffset) {
 			return run{}, fmt.Errorf("%w: the image file has reached the limit of its format", ErrNoSpace)
 		}
+	}
+	if s.end > 0 && x.end() > s.end {
+		return run{}, errNoPlace
 	}
 	if err := s.img.metadata.mustBeFree(x); err != nil {
 		return run{}, s.img.markCorrupt(err)

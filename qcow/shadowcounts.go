@@ -127,7 +127,28 @@ func (s *shadow) placeRefcounts() (table []byte, place run, err error) {
 	for i, c := range s.places {
 		format.PutEntry(table, i, uint64(g.OffsetOf(c)))
 	}
-	return table, place, nil
+	return table, place, s.dropEmptyBlocks(table)
+}
+
+// dropEmptyBlocks takes blocks that describe free clusters only out of the refcount table. The place that one would have had becomes free, which
+// may leave another one empty.
+func (s *shadow) dropEmptyBlocks(table []byte) error {
+	for again := true; again; {
+		again = false
+		for i, b := range s.blocks {
+			if !isZero(b) {
+				continue
+			}
+			if err := s.drop(run{s.places[i], 1}); err != nil {
+				return err
+			}
+			delete(s.blocks, i)
+			delete(s.places, i)
+			format.PutEntry(table, i, 0)
+			again = true
+		}
+	}
+	return nil
 }
 
 // tableClusters returns how many clusters the refcount table needs for the blocks that have a place.

@@ -85,7 +85,7 @@ func (img *Image) overwriteWithZeroes(off, end int64) error {
 			return err
 		}
 		for done := int64(0); !zero && done < n; {
-			k, err := img.zeroSome(off+done, min(n-done, int64(len(zeroes))), m.absent())
+			k, err := img.zeroSome(off+done, min(n-done, int64(len(zeroes))), end, m.absent())
 			if err != nil {
 				return err
 			}
@@ -104,8 +104,9 @@ func (img *Image) zeroAtStart(m *mapping, off int64) (n int64, zero bool, err er
 	return int64(m.length), m.zero(), nil
 }
 
-// zeroSome zeroes the first of n bytes at off, which the image perhaps does not have itself, and returns how many.
-func (img *Image) zeroSome(off, n int64, absent bool) (int64, error) {
+// zeroSome zeroes the first of n bytes at off, which the image perhaps does not have itself, and returns how many. All up to end is to be zeroed
+// in the end.
+func (img *Image) zeroSome(off, n, end int64, absent bool) (int64, error) {
 	g := img.geometry
 	if sub := int64(g.SubclusterSize()); g.ExtendedL2 && off%sub == 0 && n >= sub {
 		n = min(n, int64(g.ClusterSize()-g.InCluster(format.GuestOffset(off)))) / sub * sub
@@ -115,8 +116,9 @@ func (img *Image) zeroSome(off, n int64, absent bool) (int64, error) {
 		}
 	}
 	if absent && img.canMarkZero() {
-		n = min(n, int64(g.SubclusterSize()-g.InSubcluster(format.GuestOffset(off))))
-		if marked, err := img.markAround(off, n); err != nil || marked {
+		unit := int64(g.SubclusterSize() - g.InSubcluster(format.GuestOffset(off)))
+		n = min(n, unit)
+		if marked, err := img.markAround(off, min(end-off, unit)); err != nil || marked {
 			return n, err
 		}
 	}

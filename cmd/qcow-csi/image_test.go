@@ -314,18 +314,6 @@ func TestImageForceShare(t *testing.T) {
 	}
 }
 
-// TestImageForceShareOfChain reads an image whose backing file is being written to.
-func TestImageForceShareOfChain(t *testing.T) {
-	chain(t)
-	hold(t, "base", storage.ReadWrite)
-	for _, args := range [][]string{{"sha", "b/top"}, {"map", "b/top"}, {"info", "--backing-chain", "b/top"}} {
-		if _, err := image(t, args...); !errors.Is(err, storage.ErrBusy) {
-			t.Errorf("image %q: %v", args, err)
-		}
-		mustImage(t, append(args, "-U")...)
-	}
-}
-
 // TestImageCommandsOnOtherFiles gives the commands what is no image.
 func TestImageCommandsOnOtherFiles(t *testing.T) {
 	dir := t.TempDir()

@@ -88,7 +88,11 @@ func (g *guest) inKeys(off format.HostOffset) bool {
 	return err == nil && off >= first && uint64(off-first) < g.h.ClustersFor(n)<<g.h.ClusterBits
 }
 
+// maxSlots is how many entries of an L1 table are looked at. The images here are shorter than longer tables.
+const maxSlots = 1 << 16
+
 func (g *guest) disk(l1, entries uint64) *disk {
+	entries = min(entries, maxSlots)
 	d := &disk{clusters: make(map[uint64]string), lost: make(map[uint64]bool), lostL2: make(map[uint64]bool), l2Bits: g.h.L2Bits()}
 	table := g.at(l1, entries*8)
 	for slot := range entries {

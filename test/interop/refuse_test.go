@@ -56,7 +56,7 @@ func TestImagesAreRefused(t *testing.T) {
 		},
 		"AES": {
 			make:  create("--object", "secret,id=key,data=secret", "-o", "encrypt.format=aes,encrypt.key-secret=key"),
-			names: "legacy encryption", class: qcow.ErrUnsupported, readable: true,
+			names: "legacy encryption", class: qcow.ErrUnsupported, readable: true, options: qcow.Options{Passphrase: []byte("secret")},
 		},
 		"unknown bit":    {make: setBits(incompatible, 1<<50), names: "bit 50", class: qcow.ErrUnsupported},
 		"marked corrupt": {make: setBits(incompatible, 2), names: "corrupt", class: qcow.ErrCorrupt, readable: true},

@@ -76,6 +76,37 @@ func TestMakeTargets(t *testing.T) {
 	}
 }
 
+// TestNamedTests checks that every test that a document names is there.
+func TestNamedTests(t *testing.T) {
+	function := regexp.MustCompile(`(?m)^func ((?:Test|Fuzz|Benchmark)\w+)\(`)
+	there := map[string]bool{}
+	err := filepath.WalkDir(root, func(path string, _ os.DirEntry, err error) error {
+		if err != nil || !strings.HasSuffix(path, "_test.go") {
+			return err
+		}
+		b, err := os.ReadFile(path)
+		for _, m := range function.FindAllSubmatch(b, -1) {
+			there[string(m[1])] = true
+		}
+		return err
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	named := regexp.MustCompile("`((?:Test|Fuzz|Benchmark)[A-Z]\\w*)`")
+	seen := 0
+	for name, text := range documents(t) {
+		for _, m := range named.FindAllStringSubmatch(text, -1) {
+			if seen++; !there[m[1]] {
+				t.Errorf("%s names %s, which is not there", name, m[1])
+			}
+		}
+	}
+	if seen == 0 {
+		t.Error("no document names a test")
+	}
+}
+
 // TestCommandLines checks each `qcow-csi ...` in a document against the program: the subcommand must exist and must
 // know every flag that the document gives it.
 func TestCommandLines(t *testing.T) {
