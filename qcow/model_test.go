@@ -1,62 +1,131 @@
 package qcow_test
 
 import (
-	"bytes"
 	"context"
-	"errors"
 	"fmt"
+	"hash/fnv"
 	"math/rand/v2"
+	"os"
+	"runtime"
 	"slices"
 	"strings"
+	"sync/atomic"
 	"testing"
 	"time"
 
-	"github.com/qcow-csi/qcow-csi/qcow"
-	"github.com/qcow-csi/qcow-csi/qcow/check"
-	"github.com/qcow-csi/qcow-csi/qcow/storage"
+	"github.com/qcow-csi/qcow-csi/test/require"
 )
 
-// TestModel runs random requests of any alignment against a flat model of the disk and of its snapshots, over every refcount width and
-// from the smallest to the largest cluster, and opens the image anew now and then, sometimes without closing it first.
+// TestModel does random operations of every sort, of any alignment, on every kind of image, and holds it against a model of the disk, of its
+// snapshots and of its bitmaps, and against QEMU. Sometimes the image is left without being closed.
 func TestModel(t *testing.T) {
-	steps, seeds := 250, 1
+	require.Tool(t, "qemu-img")
+	steps, seeds := 110, 1
+	if stride > 1 {
+		steps = 25 // one goroutine each, where the race detector finds little
+	}
 	if long() {
 		steps, seeds = 3000, 6
 	}
-	for _, cluster := range []int{512, 1024, 4096, 64 << 10, 2 << 20} {
-		for _, width := range []int{1, 2, 4, 8, 16, 32, 64} {
-			for range seeds {
-				o := qcow.CreateOptions{Size: 3<<20 + 3*512, ClusterSize: cluster, RefcountBits: width}
-				seed := rand.Uint64()
-				t.Run(fmt.Sprintf("cluster=%d/refcount=%d/seed=%d", cluster, width, seed), func(t *testing.T) {
-					t.Parallel()
-					rng := rand.New(rand.NewPCG(seed, 7))
-					s := scenario{image: create(t, o).Bytes(), kills: rng.IntN(2) == 0}
-					for range steps {
-						s.steps = append(s.steps, randomStep(rng))
-					}
-					s.test(t)
-				})
-			}
+	base := modelSeed(t)
+	for _, k := range modelKinds() {
+		for i := range uint64(seeds) {
+			seed := base + i
+			t.Run(fmt.Sprintf("%s/seed=%d", k.name, seed), func(t *testing.T) {
+				t.Parallel()
+				name := fnv.New64()
+				_, _ = name.Write([]byte(k.name))
+				rng := rand.New(rand.NewPCG(seed, name.Sum64()))
+				s := newScenario(t, k.start(t, rng), rng, steps)
+				s.test(t, fmt.Sprintf("QCOW_CSI_SEED=%d go test -run '^TestModel$/^%s$' ./qcow", seed, strings.ReplaceAll(k.name, "/", "$/^")))
+			})
 		}
 	}
 }
 
-// A scenario is a list of requests to an image. Each of its steps can be done whatever was done before, so that every part of a scenario
+// TestModelSoak runs scenarios over random kinds of images, and many requests at once on every fourth of them, for as long as QCOW_CSI_SOAK
+// says.
+func TestModelSoak(t *testing.T) {
+	require.Tool(t, "qemu-img")
+	value := os.Getenv("QCOW_CSI_SOAK")
+	if value == "" {
+		t.Skip("runs for as long as QCOW_CSI_SOAK says")
+	}
+	limit, err := time.ParseDuration(value)
+	if err != nil {
+		t.Fatalf("QCOW_CSI_SOAK: %v", err)
+	}
+	var next, scenarios, steps, crews, requests atomic.Uint64
+	next.Store(modelSeed(t))
+	end := time.Now().Add(limit)
+	t.Run("workers", func(t *testing.T) {
+		for range runtime.GOMAXPROCS(0) {
+			t.Run("worker", func(t *testing.T) {
+				t.Parallel()
+				for first := true; (first || time.Now().Before(end)) && !t.Failed(); first = false {
+					seed := next.Add(1) - 1
+					rng := rand.New(rand.NewPCG(seed, 0))
+					replay := fmt.Sprintf("QCOW_CSI_SOAK=1ns QCOW_CSI_SEED=%d go test -run '^TestModelSoak$' ./qcow", seed)
+					t.Run(fmt.Sprintf("seed=%d", seed), func(t *testing.T) {
+						k := randomModelKind(rng)
+						if rng.IntN(4) == 0 {
+							crews.Add(1)
+							requests.Add(runCrew(t, k, rng, replay))
+							return
+						}
+						s := newScenario(t, k.start(t, rng), rng, 50+rng.IntN(300))
+						s.test(t, replay)
+						scenarios.Add(1)
+						steps.Add(uint64(len(s.steps)))
+					})
+				}
+			})
+		}
+	})
+	t.Logf("%d scenarios of %d steps together, %d concurrent ones of %d requests", scenarios.Load(), steps.Load(), crews.Load(), requests.Load())
+}
+
+// modelSeed returns a fresh seed, or the one that is to be replayed.
+func modelSeed(t *testing.T) uint64 {
+	t.Helper()
+	seed := rand.Uint64() >> 16
+	if s := os.Getenv("QCOW_CSI_SEED"); s != "" {
+		if _, err := fmt.Sscan(s, &seed); err != nil {
+			t.Fatalf("QCOW_CSI_SEED: %v", err)
+		}
+	}
+	t.Logf("QCOW_CSI_SEED=%d", seed)
+	return seed
+}
+
+// A scenario is a list of operations on an image. Each of its steps can be done whatever was done before, so that every part of a scenario
 // is one too.
 type scenario struct {
-	image []byte // at rest, reads as zeroes
+	start *modelStart
+	dir   string // where QEMU finds files
+	open  uint64 // how the image is opened first
 	kills bool   // the image is left without being closed
 	steps []modelStep
 }
 
-// test runs the scenario, and tells of the smallest part of it that it can find to fail.
-func (s scenario) test(t *testing.T) {
-	t.Helper()
-	if err := s.run(t.Context()); err != nil {
-		part, partErr := s.reduce(t.Context(), err, 300)
-		t.Fatalf("%v\nwith %d of %d steps: %v\n%s", err, len(part.steps), len(s.steps), partErr, part)
+func newScenario(t testing.TB, start *modelStart, rng *rand.Rand, steps int) scenario {
+	s := scenario{start: start, dir: t.TempDir(), open: rng.Uint64(), kills: rng.IntN(2) == 0}
+	for range steps {
+		s.steps = append(s.steps, randomStep(rng))
 	}
+	return s
+}
+
+// test runs the scenario, and tells of the smallest part of it that it can find to fail.
+func (s scenario) test(t *testing.T, replay string) {
+	t.Helper()
+	err := s.run(t.Context())
+	if err == nil || t.Context().Err() != nil {
+		return
+	}
+	part, partErr := s.reduce(t.Context(), err, 300)
+	t.Fatalf("%v\n%s\nwith %d of %d steps, kills %v, opened with %#x: %v\n%+v\n%s",
+		err, replay, len(part.steps), len(s.steps), s.kills, s.open, partErr, s.start.kind, part)
 }
 
 // reduce leaves steps out as long as it fails still, and tries so often at most.
@@ -90,33 +159,42 @@ func (s scenario) String() string {
 	return b.String()
 }
 
-// run does all steps, compares everything at the end, and closes the image.
+// run does all steps, compares everything at the end, closes the image, and asks QEMU.
 func (s scenario) run(ctx context.Context) (err error) {
 	defer func() {
 		if r := recover(); r != nil {
-			err = fmt.Errorf("panic: %v", r)
+			stack := make([]byte, 4096)
+			err = fmt.Errorf("panic: %v\n%s", r, stack[:runtime.Stack(stack, false)])
 		}
 	}()
-	m := &model{ctx: ctx, file: storage.NewMemoryFrom(bytes.Clone(s.image)), kills: s.kills}
-	if err := m.open(0); err != nil {
+	m := newModel(ctx, s.start, s.kills)
+	if err := m.open(s.open); err != nil {
 		return err
 	}
-	m.want = make([]byte, m.img.Size())
-	m.cluster = int64(m.img.Info().ClusterSize)
 	for i, step := range s.steps {
 		if err := m.do(step); err != nil {
 			return fmt.Errorf("step %d, %s: %w", i, step.what, err)
 		}
 	}
-	for range 2 {
-		if err := m.compare(); err != nil {
-			return err
-		}
-		if err := m.reopen(0); err != nil {
-			return err
-		}
+	if err := m.compare(); err != nil {
+		return fmt.Errorf("at last: %w", err)
 	}
-	return nil
+	if err := m.close(); err != nil {
+		return fmt.Errorf("at last: %w", err)
+	}
+	if err := m.repair(0); err != nil {
+		return fmt.Errorf("at last: %w", err)
+	}
+	if err := m.askQEMU(s.dir); err != nil {
+		return fmt.Errorf("QEMU: %w", err)
+	}
+	if err := m.open(0); err != nil {
+		return fmt.Errorf("open again: %w", err)
+	}
+	if err := m.compare(); err != nil {
+		return fmt.Errorf("opened again: %w", err)
+	}
+	return m.close()
 }
 
 // modelStep is what to do, with two numbers that everything about it is made of.
@@ -125,251 +203,62 @@ type modelStep struct {
 	a, b uint64
 }
 
+// modelOperations are what the steps of a scenario do, and how often of so many.
+var modelOperations = []struct {
+	what   string
+	weight int
+	do     func(m *model, a, b uint64) error
+}{
+	{"write", 26, (*model).write},
+	{"write durably", 4, (*model).writeSync},
+	{"write zeroes as data", 4, (*model).writeZeroData},
+	{"zero", 5, (*model).zero},
+	{"discard", 8, (*model).discard},
+	{"write compressed", 5, (*model).writeCompressed},
+	{"flush", 4, func(m *model, _, _ uint64) error { return m.img.Flush() }},
+	{"read", 4, (*model).read},
+	{"reach outside", 1, (*model).reachOutside},
+	{"create snapshot", 4, (*model).createSnapshot},
+	{"apply snapshot", 3, (*model).applySnapshot},
+	{"delete snapshot", 3, (*model).deleteSnapshot},
+	{"read snapshot", 2, (*model).readSnapshot},
+	{"resize", 5, (*model).resize},
+	{"resize preallocated", 2, (*model).resizePreallocated},
+	{"compact", 2, (*model).compact},
+	{"add bitmap", 3, (*model).addBitmap},
+	{"clear bitmap", 1, (*model).clearBitmap},
+	{"enable bitmap", 1, (*model).enableBitmap},
+	{"disable bitmap", 1, (*model).disableBitmap},
+	{"merge bitmaps", 2, (*model).mergeBitmaps},
+	{"remove bitmap", 2, (*model).removeBitmap},
+	{"commit", 2, (*model).commit},
+	{"rebase", 2, (*model).rebase},
+	{"stream", 1, (*model).stream},
+	{"amend", 3, (*model).amend},
+	{"check", 1, func(m *model, _, _ uint64) error { return m.check() }},
+	{"compare", 1, func(m *model, _, _ uint64) error { return m.compare() }},
+	{"repair", 1, (*model).repairStep},
+	{"reopen", 2, (*model).reopen},
+	{"kill", 2, (*model).kill},
+}
+
 func randomStep(rng *rand.Rand) modelStep {
-	kinds := []string{
-		"write", "write", "write", "write", "write", "write", "write", "zero", "discard", "discard", "compressed", "flush", "read",
-		"create", "apply", "delete", "look back", "resize",
+	sum := 0
+	for _, o := range modelOperations {
+		sum += o.weight
 	}
-	what := kinds[rng.IntN(len(kinds))]
-	switch rng.IntN(60) {
-	case 0:
-		what = "reopen"
-	case 1:
-		what = "kill"
+	i, n := 0, rng.IntN(sum)
+	for ; n >= modelOperations[i].weight; i++ {
+		n -= modelOperations[i].weight
 	}
-	return modelStep{what, rng.Uint64(), rng.Uint64()}
-}
-
-// model is an image and what must be in it.
-type model struct {
-	ctx     context.Context
-	file    *storage.Memory
-	img     *qcow.Image
-	cluster int64
-	disks
-	made  int
-	kills bool
-	leaky bool // it was killed, and so has leaks
-}
-
-func (m *model) open(a uint64) (err error) {
-	m.img, err = qcow.Open(m.file, qcow.Options{CacheBytes: 1, ReserveBytes: 32 << (a % 16)})
-	return err
-}
-
-// reopen closes the image, which must leave it without any finding but leaks of an earlier kill, and opens it again.
-func (m *model) reopen(a uint64) error {
-	if err := m.img.Close(); err != nil {
-		return err
-	}
-	report, err := check.Check(m.ctx, m.file, check.Options{})
-	if err != nil {
-		return err
-	}
-	if report.Corruptions > 0 || report.Leaks > 0 && !m.leaky {
-		return fmt.Errorf("after close: %v", report.Findings)
-	}
-	return m.open(a)
-}
-
-// kill goes on with the bytes that are in the file now.
-func (m *model) kill(a uint64) error {
-	if !m.kills {
-		return m.reopen(a)
-	}
-	m.leaky = true
-	m.file = storage.NewMemoryFrom(m.file.Bytes())
-	report, err := check.Check(m.ctx, m.file, check.Options{})
-	if err != nil {
-		return err
-	}
-	if report.Corruptions > 0 {
-		return fmt.Errorf("after a kill: %v", report.Findings)
-	}
-	return m.open(a)
-}
-
-func (m *model) compare() error {
-	if err := m.matches(m.file.Bytes()); err != nil {
-		return err
-	}
-	if err := holds(m.img, m.want); err != nil {
-		return err
-	}
-	for e, err := range m.img.Extents(0, m.img.Size()) {
-		if err != nil {
-			return err
-		}
-		stored := e.Kind == qcow.ExtentData || e.Kind == qcow.ExtentCompressed
-		if part := m.want[e.Offset:][:e.Length]; !stored && !bytes.Equal(part, make([]byte, len(part))) {
-			return fmt.Errorf("extent %+v holds data", e)
-		}
-	}
-	return nil
-}
-
-// place makes a range of the disk of two numbers.
-func (m *model) place(a, b uint64) (off, n int64) {
-	size := int64(len(m.want))
-	if size == 0 {
-		return 0, 0
-	}
-	n = int64(a%uint64(min(6*m.cluster, max(size/3, 1)))) + 1
-	if b%10 == 0 {
-		return size - n, n
-	}
-	return int64(b % uint64(size-n+1)), n
+	return modelStep{modelOperations[i].what, rng.Uint64(), rng.Uint64()}
 }
 
 func (m *model) do(s modelStep) error {
-	off, n := m.place(s.a, s.b)
-	switch s.what {
-	case "zero":
-		clear(m.want[off:][:n])
-		return m.img.WriteZeroes(off, n, s.a&(1<<40) != 0)
-	case "discard":
-		return m.discard(off, n)
-	case "compressed":
-		return m.writeCompressed(off, n, s.b)
-	case "flush":
-		return m.img.Flush()
-	case "read":
-		return m.read(off, n)
-	case "reopen":
-		return m.reopen(s.a)
-	case "kill":
-		return m.kill(s.a)
-	case "create":
-		return m.create()
-	case "apply":
-		return m.apply(s.a)
-	case "delete":
-		return m.remove(s.a)
-	case "look back":
-		return m.lookBack(s.a)
-	case "resize":
-		return m.resize(s.a, s.b)
-	}
-	scramble(m.want[off:][:n], s.b)
-	_, err := m.img.WriteAt(m.want[off:][:n], off)
-	return err
-}
-
-// scramble fills p with bytes that depend on seed.
-func scramble(p []byte, seed uint64) {
-	pcg := rand.NewPCG(seed, 0)
-	for i := 0; i < len(p); i += 8 {
-		v := pcg.Uint64()
-		for k := i; k < min(i+8, len(p)); k++ {
-			p[k] = byte(v)
-			v >>= 8
+	for _, o := range modelOperations {
+		if o.what == s.what {
+			return o.do(m, s.a, s.b)
 		}
 	}
-}
-
-func (m *model) discard(off, n int64) error {
-	first, end := (off+m.cluster-1)/m.cluster*m.cluster, (off+n)/m.cluster*m.cluster
-	if off+n == int64(len(m.want)) {
-		end = off + n
-	}
-	if first < end {
-		clear(m.want[first:end])
-	}
-	return m.img.Discard(off, n)
-}
-
-// writeCompressed writes the whole clusters of a range, with what can be compressed.
-func (m *model) writeCompressed(off, n int64, seed uint64) error {
-	off = off / m.cluster * m.cluster
-	n = min((n+m.cluster-1)/m.cluster*m.cluster, int64(len(m.want))-off)
-	p := m.want[off:][:n]
-	for i := range p {
-		p[i] = byte(seed >> (i / 100 % 64))
-	}
-	return m.img.WriteCompressed(p, off)
-}
-
-func (m *model) read(off, n int64) error {
-	got := make([]byte, n)
-	if _, err := m.img.ReadAt(got, off); err != nil {
-		return err
-	}
-	if i := firstDifference(got, m.want[off:][:n]); i >= 0 {
-		return fmt.Errorf("byte %d differs", off+int64(i))
-	}
-	return nil
-}
-
-// create makes a snapshot, up to three of them.
-func (m *model) create() error {
-	if len(m.kept) == 3 {
-		return nil
-	}
-	m.made++
-	name := fmt.Sprintf("snapshot %d", m.made)
-	_, err := m.img.CreateSnapshot(m.ctx, name, time.Unix(int64(m.made), 0))
-	if m.refused(err) {
-		return nil
-	}
-	m.kept = append(m.kept, keptDisk{name, bytes.Clone(m.want)})
-	return err
-}
-
-// refused tells whether a snapshot was refused since refcounts are too narrow: many compressed clusters may have parts in the same one,
-// and a kill leaves references more.
-func (m *model) refused(err error) bool {
-	return errors.Is(err, qcow.ErrInvalid) && m.img.Info().RefcountBits <= 4
-}
-
-func (m *model) apply(a uint64) error {
-	if len(m.kept) == 0 {
-		return nil
-	}
-	k := m.kept[a%uint64(len(m.kept))]
-	err := m.img.ApplySnapshot(m.ctx, k.name)
-	if m.refused(err) {
-		return nil
-	}
-	m.want = bytes.Clone(k.content)
-	return err
-}
-
-func (m *model) remove(a uint64) error {
-	if len(m.kept) == 0 {
-		return nil
-	}
-	i := int(a % uint64(len(m.kept)))
-	name := m.kept[i].name
-	m.kept = slices.Delete(m.kept, i, i+1)
-	return m.img.DeleteSnapshot(m.ctx, name)
-}
-
-// lookBack reads a snapshot from the file as it is.
-func (m *model) lookBack(a uint64) error {
-	if len(m.kept) == 0 {
-		return nil
-	}
-	k := m.kept[a%uint64(len(m.kept))]
-	img, err := qcow.Open(storage.NewMemoryFrom(m.file.Bytes()), qcow.Options{ReadOnly: true, Snapshot: k.name})
-	if err != nil {
-		return err
-	}
-	return holds(img, k.content)
-}
-
-// resize makes the disk a little smaller or larger, seldom much smaller.
-func (m *model) resize(a, b uint64) error {
-	size := int64(len(m.want))
-	most := min(8*m.cluster, 512<<10)
-	if b%8 == 0 {
-		most = size
-	}
-	change := int64(a%uint64(most+1)) / sector * sector
-	if b%2 == 0 {
-		size = max(size-change, 0)
-	} else {
-		size = min(size+change, 4<<20)
-	}
-	m.want = append(m.want[:min(size, int64(len(m.want)))], make([]byte, max(size-int64(len(m.want)), 0))...)
-	return m.img.Resize(m.ctx, size)
+	return fmt.Errorf("there is no operation %q", s.what)
 }
