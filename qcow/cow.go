@@ -221,7 +221,7 @@ func (w *remap) extend() (kept bool, err error) {
 	}
 	w.before = g.InCluster(w.off) - from<<g.SubclusterBits()
 	w.behind = to<<g.SubclusterBits() - g.InCluster(lastOff) - 1
-	if w.img.external() { // the file ends with the disk; what comes behind when that grows is cleared then
+	if w.img.external() && w.img.cipher == nil { // the file ends with the disk; what comes behind when that grows reads as zeroes
 		w.behind = min(w.behind, uint64(max(w.img.Size()-int64(w.end()), 0)))
 	}
 	return kept, nil

@@ -83,9 +83,15 @@ func (r *refcounts) freeInSlice(off format.HostOffset, c format.Cluster, limit u
 	for ; i < perSlice && format.Refcount(s.b, order, i) != 0; i++ {
 		c++
 	}
-	x := run{first: c}
-	for ; i < perSlice && x.n < limit && format.Refcount(s.b, order, i) == 0; i++ {
-		x.n++
+	x, perWord := run{first: c}, uint64(64)>>order
+	for i < perSlice && x.n < limit {
+		n := uint64(1)
+		if i%perWord == 0 && x.n+perWord <= limit && format.Entry(s.b, i/perWord) == 0 {
+			n = perWord
+		} else if format.Refcount(s.b, order, i) != 0 {
+			break
+		}
+		i, x.n = i+n, x.n+n
 	}
 	return x, nil
 }

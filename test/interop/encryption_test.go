@@ -276,3 +276,41 @@ func TestEncryptedImagesAreClean(t *testing.T) {
 		e.io(t, "read -P 0xc 100k 200k", "read -P 0xb 500k 50k", "read -P 0 576k 64k")
 	}
 }
+
+// TestEncryptedDataFileGrownByQEMU lets QEMU grow a disk that ends inside a cluster of an encrypted data file. QEMU does not clear the rest of
+// that: what was never written there must be encrypted zeroes.
+func TestEncryptedDataFileGrownByQEMU(t *testing.T) {
+	require.Tool(t, "qemu-img")
+	const size, grown = 64<<10 + 512, 128 << 10
+	dir := t.TempDir()
+	data, err := storage.Create(filepath.Join(dir, "data"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	e := createEncrypted(t, filepath.Join(dir, "image"), "key", qcow.CreateOptions{
+		Size: size, ClusterSize: 4096, DataFile: data, DataFileName: filepath.Join(dir, "data"),
+	})
+	if err := data.Close(); err != nil {
+		t.Fatal(err)
+	}
+	img := e.open(t, "key", qcow.Options{})
+	write(t, img, 7, size-512, 512)
+	closeImage(t, img)
+	for range 50 {
+		out, ok := try(t, "qemu-img", append(append([]string{"resize"}, e.spec()...), fmt.Sprint(grown))...)
+		if ok {
+			break
+		}
+		if !strings.Contains(out, "Unable to get accurate CPU usage") {
+			t.Fatal(out)
+		}
+	}
+	e.io(t, fmt.Sprintf("read -P 7 %d 512", size-512), fmt.Sprintf("read -P 0 %d %d", size, grown-size))
+	img = e.open(t, "key", qcow.Options{ReadOnly: true})
+	if img.Size() != grown {
+		t.Errorf("the disk has %d bytes", img.Size())
+	}
+	mustRead(t, img, 7, size-512, 512)
+	mustRead(t, img, 0, size, grown-size)
+	closeImage(t, img)
+}

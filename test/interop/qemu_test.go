@@ -54,6 +54,12 @@ func shapes() []shape {
 // random returns the source of randomness of a test.
 func random(t *testing.T) *rand.Rand {
 	t.Helper()
+	return rand.New(rand.NewPCG(seed(t), 0))
+}
+
+// seed returns what all randomness of a test comes from.
+func seed(t *testing.T) uint64 {
+	t.Helper()
 	seed := uint64(time.Now().UnixNano())
 	if s := os.Getenv("QCOW_CSI_SEED"); s != "" {
 		if _, err := fmt.Sscan(s, &seed); err != nil {
@@ -61,7 +67,7 @@ func random(t *testing.T) *rand.Rand {
 		}
 	}
 	t.Logf("QCOW_CSI_SEED=%d", seed)
-	return rand.New(rand.NewPCG(seed, 0))
+	return seed
 }
 
 // try runs a program and returns what it writes to both outputs, and whether it succeeded.
