@@ -14,7 +14,8 @@
 //     there read as zeroes from now on, in version 2, which has no such clusters, as unallocated; the same goes for all that an
 //     L1 entry mapped. Each is reported ([ClusterLost], [TableLost]): this is data that was lost before. What an entry says
 //     of zeroes, or of subclusters without data, stays. In an image with an external data file nothing is lost but L2 tables,
-//     because the place of a cluster there is its place on the disk; a raw data file makes up for these too.
+//     because the place of a cluster there is its place on the disk; a raw data file makes up for these too. But where snapshots, or
+//     entries of an image that names no data file, speak against the mark of such a file, the repair fails.
 //   - A table on which another structure lies, or which the file cuts off, moves: to a copy that is its own. So guest data that lies
 //     on metadata stays where it is, which matters when its place is part of its key, and each has the bytes that both had.
 //   - An L2 table that the active L1 table names twice is copied, so that each part of the disk has its own.

@@ -13,8 +13,10 @@ type verdict struct {
 	lost    bool                // it cannot be followed; entry reads as zeroes where there was data
 	hadData bool                // and there was
 	flagged bool                // COPIED means something in it
-	first   uint64              // the host clusters that it refers to; with lost, that it meant
-	n       uint64              // none in a data file
+	// misplaced says that it leads to another place of the data file than its guest cluster has.
+	misplaced bool
+	first     uint64 // the host clusters that it refers to; with lost, that it meant
+	n         uint64 // none in a data file
 }
 
 // judgeEntry judges the entry of the guest cluster at guest, which is not empty.
@@ -125,7 +127,7 @@ func (r *repairer) loseEntry(v verdict, problem string) verdict {
 func (r *repairer) judgeDataFile(e format.MappingEntry, guest format.GuestOffset) verdict {
 	own := r.dataFileEntry(guest)
 	if e.Kind() == format.Compressed {
-		return verdict{entry: own, problem: r.h.CheckEntry(e), flagged: true}
+		return verdict{entry: own, problem: r.h.CheckEntry(e), flagged: true, misplaced: true}
 	}
 	v := verdict{entry: r.withoutReserved(e), problem: r.h.CheckEntry(e)}
 	bits := &v.entry.Subclusters
@@ -137,6 +139,7 @@ func (r *repairer) judgeDataFile(e format.MappingEntry, guest format.GuestOffset
 	}
 	v.flagged = true
 	if off := v.entry.Offset(); off != own.Offset() {
+		v.misplaced = true
 		v.problem = fmt.Sprintf("%#x in the data file, not %#x", uint64(off), uint64(guest))
 	}
 	copied := v.entry.Copied()

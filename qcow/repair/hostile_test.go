@@ -405,3 +405,28 @@ func TestSpaceComesBack(t *testing.T) {
 		t.Error(s)
 	}
 }
+
+// TestMarkOfDataFileIsNotBelieved sets the bit for an external data file in an image without one. Taken at its word, it would make every entry
+// wrong; so the repair changes nothing.
+func TestMarkOfDataFileIsNotBelieved(t *testing.T) {
+	for name, more := range map[string]func(b *builder){
+		"data":      func(*builder) {},
+		"snapshots": func(b *builder) { b.snapshot("1") },
+	} {
+		t.Run(name, func(t *testing.T) {
+			b := newBuilder(format.Header{Geometry: format.Geometry{ClusterBits: 12, RefcountOrder: 4}, Size: 1 << 20})
+			for guest := range uint64(20) {
+				b.data(guest, byte(guest+1))
+			}
+			more(b)
+			image := b.image()
+			image[format.IncompatibleOffset+7] |= format.IncompatDataFile
+			for _, mode := range []repair.Mode{repair.Leaks, repair.All} {
+				got, _, err := repaired(image, repair.Options{Mode: mode})
+				if !errors.Is(err, format.ErrCorrupt) || !bytes.Equal(got, image) {
+					t.Errorf("mode %d: %v, changed %t", mode, err, !bytes.Equal(got, image))
+				}
+			}
+		})
+	}
+}

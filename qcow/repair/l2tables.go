@@ -155,6 +155,9 @@ func (r *repairer) walkL2Entry(t *l2Table, e format.MappingEntry, guest format.G
 	if v.problem != "" {
 		r.fault()
 	}
+	if v.misplaced {
+		r.misplaced++
+	}
 	if v.lost {
 		r.cannotFollow()
 		if v.first >= r.end {

@@ -45,7 +45,8 @@ const (
 //
 // It fails with ErrCorrupt when there is nothing to repair from: the header is unusable, or the L1 table or the
 // encryption header is not in the file; when a refcount would have to be larger than its width allows; and in mode Leaks when
-// the refcounts must be rebuilt, which takes mode All; and for what Lossless refuses. It fails with ErrUnsupported when the image has a feature that is not
+// the refcounts must be rebuilt, which takes mode All; for what Lossless refuses; and where the mark of an external data file seems to be what is
+// wrong, since to believe it would be to lose every cluster. It fails with ErrUnsupported when the image has a feature that is not
 // known here, and with ErrNoSpace when the file system is full. Whenever it fails without a report the image is what it was.
 // An error beside a report says that the image is repaired, but not all free clusters were given back.
 func Run(ctx context.Context, f storage.File, o Options) (*Report, error) {
@@ -92,6 +93,7 @@ type repairer struct {
 	badRefcounts string // why the refcounts must be rebuilt; empty when they need not
 	faults       int    // what is wrong besides, refcounts that do not match aside
 	lost         int    // things among them that cannot be followed
+	misplaced    int    // entries that lead to another place of the data file than that of their guest cluster
 	dropBitmaps  string // why; empty when they stay
 	badSnapshots bool   // the snapshot table must be rewritten
 	survey       survey
@@ -119,6 +121,9 @@ func (r *repairer) run(ctx context.Context) error {
 		if err := step(ctx); err != nil {
 			return err
 		}
+	}
+	if r.h.DataFile && (r.h.Snapshots > 0 || r.misplaced > 0 && r.h.DataFileName() == "") {
+		return format.Corruptf("header", format.IncompatibleOffset, "the image is marked to have an external data file, but does not look so")
 	}
 	if r.o.Lossless && r.lost > 0 {
 		return format.Corruptf("image", 0, "its tables have %d pointers that cannot be followed, and to repair it would be to give up what they meant", r.lost)
