@@ -11,8 +11,9 @@ PKG ?= ./...
 FUZZTIME ?= 10s
 # Of one package's tests.
 TIMEOUT ?= 28m
-# The enumerations of crashes and faults take samples under the race detector; here they are whole.
-ENUMERATE = $(if $(filter ./... ./qcow ./qcow/...,$(PKG)),$(GO) test -timeout $(TIMEOUT) -json -run '^Test(Crash|Fault)' ./qcow,true)
+# The enumerations of crashes and faults, and the matrix of images, take samples under the race detector; here they are whole.
+ENUMERATED = $(filter $(if $(filter ./...,$(PKG)),%,$(PKG:/...=)),./qcow ./test/interop)
+ENUMERATE = $(if $(ENUMERATED),$(GO) test -timeout $(TIMEOUT) -json -run '^Test(Crash|Fault|Matrix)' $(ENUMERATED),true)
 # A file of tests that must run, for `make test`; see test/summary.
 REQUIRED ?=
 VERSION ?= $(shell git describe --tags --always --dirty 2>/dev/null || echo dev)

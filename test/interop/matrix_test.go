@@ -67,6 +67,9 @@ func testMatrix(t *testing.T, d direction, story func(s *subject) []func() error
 	began := time.Now()
 	t.Run("images", func(t *testing.T) {
 		for i, c := range list {
+			if i%stride != 0 {
+				continue
+			}
 			t.Run(fmt.Sprintf("%04d", i), func(t *testing.T) {
 				t.Parallel()
 				s := b.newSubject(t, i, c)
@@ -81,7 +84,7 @@ func testMatrix(t *testing.T, d direction, story func(s *subject) []func() error
 			})
 		}
 	})
-	t.Logf("%d of %d images in %v", passed.Load(), len(list), time.Since(began).Round(time.Second))
+	t.Logf("%d of %d images in %v", passed.Load(), (len(list)+stride-1)/stride, time.Since(began).Round(time.Second))
 }
 
 func (b *bench) randomCombinations(n int) []combination {
