@@ -95,6 +95,7 @@ func (b *bench) newSubject(t *testing.T, number int, c combination) *subject {
 				t.Error(err)
 			}
 		}
+		*s = subject{} // t, and this function with it, are kept until all images are done
 	})
 	return s
 }
