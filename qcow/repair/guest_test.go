@@ -41,7 +41,8 @@ func contentOf(image []byte) content {
 	if h.Snapshots > 0 && uint64(h.SnapshotsOffset) < uint64(len(image)) {
 		list, _, err := format.DecodeSnapshots(image[h.SnapshotsOffset:], h.Snapshots)
 		for _, s := range list {
-			if l1 := uint64(s.L1Offset); l1%h.ClusterSize() == 0 && l1 > 0 && l1 < uint64(len(image)) && uint64(s.L1Entries)*8 <= format.MaxL1Bytes {
+			l1, n := uint64(s.L1Offset), uint64(s.L1Entries)*format.EntrySize
+			if l1%h.ClusterSize() == 0 && (n == 0 || l1 > 0 && l1 < uint64(len(image)) && n <= format.MaxL1Bytes) {
 				c["snapshot "+s.ID+" "+s.Name] = g.disk(l1, uint64(s.L1Entries))
 			}
 		}

@@ -6,28 +6,10 @@ import (
 	"testing"
 
 	"github.com/qcow-csi/qcow-csi/qcow"
-	"github.com/qcow-csi/qcow-csi/qcow/check"
 	"github.com/qcow-csi/qcow-csi/qcow/format"
 	"github.com/qcow-csi/qcow-csi/qcow/storage"
 	"github.com/qcow-csi/qcow-csi/test/require"
 )
-
-// reportOf checks the image with package check alone, which is many times faster than QEMU where tables are many.
-func reportOf(t *testing.T, path string) *check.Report {
-	t.Helper()
-	f, err := storage.Open(path, storage.ReadOnly)
-	if err != nil {
-		t.Fatal(err)
-	}
-	report, err := check.Check(t.Context(), f, check.Options{})
-	if err := errors.Join(err, f.Close()); err != nil {
-		t.Fatal(err)
-	}
-	if !report.Clean() {
-		t.Fatalf("check: %v", report)
-	}
-	return report
-}
 
 // fullTable makes an image whose refcount table of so many clusters has an entry for each of its blocks, and whose refcounts are all 1: the
 // header, that table, the blocks, the L1 table, L2 tables, and data, which is a hole of the file. It returns how many bytes of the disk have data.
