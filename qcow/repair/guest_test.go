@@ -104,7 +104,7 @@ func (g *guest) disk(l1, entries uint64) *disk {
 				d.clusters[slot<<d.l2Bits] = "U" // for them all
 			}
 			continue
-		case !g.inFile(e.Offset()):
+		case !g.inFile(e.Offset()), g.inKeys(e.Offset()):
 			d.lostL2[slot] = true
 			continue
 		}
