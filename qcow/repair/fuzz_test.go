@@ -5,6 +5,7 @@ import (
 	"encoding/binary"
 	"errors"
 	"runtime"
+	"runtime/debug"
 	"slices"
 	"testing"
 
@@ -18,6 +19,8 @@ import (
 //
 // The fuzzer does not mutate whole images, most of whose bytes mean nothing: it chooses a valid one and edits for it.
 func FuzzRepair(f *testing.F) {
+	before := debug.SetMemoryLimit(128 << 20) // or copies of images pile up until they are collected
+	f.Cleanup(func() { debug.SetMemoryLimit(before) })
 	var bases []base
 	for _, s := range fuzzSubjects {
 		bases = append(bases, newBase(s.build()))
