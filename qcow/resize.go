@@ -91,25 +91,10 @@ func (img *Image) clearBehind(old, size int64) error {
 
 // clearClaimed zeroes the rest of the disk's last cluster, which the caller has claimed.
 func (img *Image) clearClaimed(off, end int64) error {
-	for off < end {
-		m, err := img.lookup(format.GuestOffset(off), uint64(end-off))
-		if err != nil {
-			return err
-		}
-		n, zero, err := img.zeroAtStart(&m, off)
-		if err != nil {
-			return err
-		}
-		for done := int64(0); !zero && done < n; {
-			k, err := img.writeClaimed(zeroes[:min(n-done, int64(len(zeroes)))], format.GuestOffset(off+done))
-			if err != nil {
-				return err
-			}
-			done += int64(k)
-		}
-		off += n
-	}
-	return nil
+	return img.eachNonZero(off, end, func(off, n int64, _ bool) (int64, error) {
+		done, err := img.writeClaimed(zeroes[:n], format.GuestOffset(off))
+		return int64(done), err
+	})
 }
 
 // growL1 builds a larger L1 table aside and switches to it and to the new size at once (rule 8).

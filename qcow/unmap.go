@@ -75,17 +75,25 @@ func (img *Image) wholeClusters(off, n int64) (first, end int64) {
 
 // overwriteWithZeroes writes zeroes between off and end wherever something else may be read. Whole subclusters are marked.
 func (img *Image) overwriteWithZeroes(off, end int64) error {
+	return img.eachNonZero(off, end, func(off, n int64, absent bool) (int64, error) {
+		return img.zeroSome(off, n, end, absent)
+	})
+}
+
+// eachNonZero calls zero for the ranges between off and end that may read as something else than zeroes, each as long as zeroes at the most. It
+// is told whether the image does not have them itself, and returns how many bytes at the start it has dealt with.
+func (img *Image) eachNonZero(off, end int64, zero func(off, n int64, absent bool) (int64, error)) error {
 	for off < end {
 		m, err := img.lookup(format.GuestOffset(off), uint64(end-off))
 		if err != nil {
 			return err
 		}
-		n, zero, err := img.zeroAtStart(&m, off)
+		n, isZero, err := img.zeroAtStart(&m, off)
 		if err != nil {
 			return err
 		}
-		for done := int64(0); !zero && done < n; {
-			k, err := img.zeroSome(off+done, min(n-done, int64(len(zeroes))), end, m.absent())
+		for done := int64(0); !isZero && done < n; {
+			k, err := zero(off+done, min(n-done, int64(len(zeroes))), m.absent())
 			if err != nil {
 				return err
 			}

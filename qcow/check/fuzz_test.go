@@ -2,7 +2,7 @@ package check_test
 
 import (
 	"bytes"
-	"encoding/binary"
+	"maps"
 	"os"
 	"os/exec"
 	"slices"
@@ -10,6 +10,7 @@ import (
 
 	"github.com/qcow-csi/qcow-csi/qcow/check"
 	"github.com/qcow-csi/qcow-csi/qcow/format"
+	"github.com/qcow-csi/qcow-csi/test/edit"
 )
 
 // FuzzCheck feeds Check with damaged images. Whatever they hold it must not panic, hang or take much memory, and its counts
@@ -17,7 +18,7 @@ import (
 //
 // The fuzzer does not mutate whole images, most of whose bytes mean nothing: it chooses a valid one and edits for it.
 func FuzzCheck(f *testing.F) {
-	var bases []base
+	var bases []edit.Base
 	for _, bits := range []uint32{9, 12} {
 		for order := range uint32(format.MaxRefcountOrder + 1) {
 			b := newBuilder(f, bits, order, 80<<bits)
@@ -55,7 +56,7 @@ func FuzzCheck(f *testing.F) {
 	}
 
 	f.Fuzz(func(t *testing.T, i uint8, edits []byte) {
-		image := bases[int(i)%len(bases)].edit(edits)
+		image := bases[int(i)%len(bases)].Apply(edits)
 		before := bytes.Clone(image)
 		options := check.Options{MaxFindings: 1 << 20, MaxMemory: 64 << 20}
 		r, err := check.Check(t.Context(), memory(image), options)
@@ -90,52 +91,13 @@ func FuzzCheck(f *testing.F) {
 	})
 }
 
-// base is a valid image and the offsets of the 8-byte words of its header and tables.
-type base struct {
-	image []byte
-	words []int
-}
-
-func newBase(t testing.TB, image []byte) base {
+func newBase(t testing.TB, image []byte) edit.Base {
 	ts := findTables(t, image)
-	b := base{image: image}
-	for off := 0; off < 256; off += 8 {
-		b.words = append(b.words, off)
-	}
+	var refcounts []int
 	for _, block := range ts.blocks {
 		for off := range int(ts.h.ClusterSize()) / 8 {
-			b.words = append(b.words, block+off*8)
+			refcounts = append(refcounts, block+off*8)
 		}
 	}
-	for _, offs := range ts.entries {
-		b.words = append(b.words, offs...)
-	}
-	slices.Sort(b.words)
-	return b
-}
-
-// edit applies edits of 12 bytes each, one byte of operation, three that choose a word and eight of value, to a copy of the image.
-func (b base) edit(edits []byte) []byte {
-	image := bytes.Clone(b.image)
-	for ; len(edits) >= 12; edits = edits[12:] {
-		op, value := edits[0], binary.BigEndian.Uint64(edits[4:])
-		off := b.words[int(binary.BigEndian.Uint32(edits)&0xffffff)%len(b.words)]
-		if off+8 > len(image) {
-			continue
-		}
-		word := image[off : off+8]
-		switch op % 4 {
-		case 0:
-			format.PutEntry(word, 0, value)
-		case 1:
-			format.PutEntry(word, 0, format.Entry(word, 0)^value)
-		case 2:
-			if from := b.words[value%uint64(len(b.words))]; from+8 <= len(image) {
-				copy(word, image[from:from+8])
-			}
-		case 3:
-			image = image[:value%uint64(len(image)+1)]
-		}
-	}
-	return image
+	return edit.NewBase(image, refcounts, slices.Concat(slices.Collect(maps.Values(ts.entries))...))
 }

@@ -9,7 +9,7 @@ import (
 // The error classes of this package; test with errors.Is.
 var (
 	ErrCorrupt     = format.ErrCorrupt     // the header contradicts the specification or itself
-	ErrUnsupported = format.ErrUnsupported // the header is valid, but needs what is not implemented
+	ErrUnsupported = format.ErrUnsupported // the header is valid, but asks for a cipher, mode or hash that this package does not have
 	ErrInvalid     = format.ErrInvalid     // no header can do what was asked
 
 	// ErrPassphrase: no active key slot opens with the passphrase.

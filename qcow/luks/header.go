@@ -121,7 +121,7 @@ func decode(b []byte) (*header, error) {
 	h.alg = algorithm{cipher: names[cipherNameAt], hash: names[hashAt]}
 	h.alg.setSpec(names[cipherModeAt])
 	h.KeyBytes = binary.BigEndian.Uint32(b[keyBytesAt:])
-	if h.KeyBytes == 0 || h.KeyBytes > 1024 { // some cipher that is not implemented may need more than those that are
+	if h.KeyBytes == 0 || h.KeyBytes > 1024 { // a cipher that this package does not have may need more than those that it has
 		return nil, corruptf(keyBytesAt, "master key of %d bytes", h.KeyBytes)
 	}
 	h.alg.keyBytes = int(h.KeyBytes)

@@ -135,12 +135,7 @@ func (h *header) activate(
 	if _, err := io.ReadFull(random, salt); err != nil {
 		return nil, fmt.Errorf("random salt: %w", err)
 	}
-	slotKey, err := derive(ctx, h.alg.newHash, passphrase, salt, iterations, h.alg.keyBytes)
-	if err != nil {
-		return nil, err
-	}
-	defer clear(slotKey)
-	c, err := h.alg.newCipher(slotKey)
+	c, err := h.slotCipher(ctx, passphrase, salt, iterations)
 	if err != nil {
 		return nil, err
 	}

@@ -81,16 +81,21 @@ func (h *header) checkMaterial(i int) error {
 	return nil
 }
 
+// slotCipher returns the cipher of the key material of a slot: its key comes from the passphrase.
+func (h *header) slotCipher(ctx context.Context, passphrase, salt []byte, iterations uint32) (*Cipher, error) {
+	key, err := derive(ctx, h.alg.newHash, passphrase, salt, iterations, h.alg.keyBytes)
+	if err != nil {
+		return nil, err
+	}
+	defer clear(key)
+	return h.alg.newCipher(key)
+}
+
 // masterKey returns the master key from slot i, which the caller clears, or nil if the passphrase does not open the
 // slot.
 func (h *header) masterKey(ctx context.Context, i int, passphrase []byte) ([]byte, error) {
 	s := h.KeySlots[i]
-	slotKey, err := derive(ctx, h.alg.newHash, passphrase, h.slotSalt(i), s.Iterations, h.alg.keyBytes)
-	if err != nil {
-		return nil, err
-	}
-	defer clear(slotKey)
-	c, err := h.alg.newCipher(slotKey)
+	c, err := h.slotCipher(ctx, passphrase, h.slotSalt(i), s.Iterations)
 	if err != nil {
 		return nil, err
 	}

@@ -2,8 +2,8 @@ package repair_test
 
 import (
 	"bytes"
-	"encoding/binary"
 	"errors"
+	"maps"
 	"runtime"
 	"runtime/debug"
 	"slices"
@@ -12,6 +12,7 @@ import (
 	"github.com/qcow-csi/qcow-csi/qcow/format"
 	"github.com/qcow-csi/qcow-csi/qcow/repair"
 	"github.com/qcow-csi/qcow-csi/qcow/storage"
+	"github.com/qcow-csi/qcow-csi/test/edit"
 )
 
 // FuzzRepair repairs damaged images. Whatever they hold it must not panic, hang or take much memory; a repair that says it
@@ -21,7 +22,7 @@ import (
 func FuzzRepair(f *testing.F) {
 	before := debug.SetMemoryLimit(128 << 20) // or copies of images pile up until they are collected
 	f.Cleanup(func() { debug.SetMemoryLimit(before) })
-	var bases []base
+	var bases []edit.Base
 	for _, s := range fuzzSubjects {
 		bases = append(bases, newBase(s.build()))
 	}
@@ -32,7 +33,7 @@ func FuzzRepair(f *testing.F) {
 		f.Add(uint8(i), []byte{3, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0x11, 1})
 	}
 	f.Fuzz(func(t *testing.T, i uint8, edits []byte) {
-		image := bases[int(i)%len(bases)].edit(edits)
+		image := bases[int(i)%len(bases)].Apply(edits)
 		const memory, room = 32 << 20, 4 << 20
 		run := func(o repair.Options) ([]byte, *repair.Report, error) {
 			f := storage.NewMemoryFrom(bytes.Clone(image))
@@ -84,46 +85,6 @@ func FuzzRepair(f *testing.F) {
 	})
 }
 
-// base is a valid image and the offsets of the 8-byte words of its header and tables.
-type base struct {
-	image []byte
-	words []int
-}
-
-func newBase(image []byte) base {
-	b := base{image: image}
-	for off := 0; off < 256; off += 8 {
-		b.words = append(b.words, off)
-	}
-	for _, offs := range words(image) {
-		b.words = append(b.words, offs...)
-	}
-	slices.Sort(b.words)
-	return b
-}
-
-// edit applies edits of 12 bytes each, one byte of operation, three that choose a word and eight of value, to a copy of the image.
-func (b base) edit(edits []byte) []byte {
-	image := bytes.Clone(b.image)
-	for ; len(edits) >= 12; edits = edits[12:] {
-		op, value := edits[0], binary.BigEndian.Uint64(edits[4:])
-		off := b.words[int(binary.BigEndian.Uint32(edits)&0xffffff)%len(b.words)]
-		if off+8 > len(image) {
-			continue
-		}
-		word := image[off : off+8]
-		switch op % 4 {
-		case 0:
-			format.PutEntry(word, 0, value)
-		case 1:
-			format.PutEntry(word, 0, format.Entry(word, 0)^value)
-		case 2:
-			if from := b.words[value%uint64(len(b.words))]; from+8 <= len(image) {
-				copy(word, image[from:from+8])
-			}
-		case 3:
-			image = image[:value%uint64(len(image)+1)]
-		}
-	}
-	return image
+func newBase(image []byte) edit.Base {
+	return edit.NewBase(image, slices.Concat(slices.Collect(maps.Values(words(image)))...))
 }
