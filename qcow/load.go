@@ -144,11 +144,11 @@ func (img *Image) loadEncryptionArea(size uint64) error {
 }
 
 func (img *Image) loadTable(name string, off format.HostOffset, n, size uint64) ([]byte, error) {
+	if n == 0 {
+		return nil, nil // wherever that is
+	}
 	if uint64(off) > size || n > size-uint64(off) {
 		return nil, format.Corruptf(name, off, "%d bytes reach past the end of the file at %d: it is truncated or damaged", n, size)
-	}
-	if n == 0 {
-		return nil, nil
 	}
 	if err := img.metadata.addTable(name, run{img.geometry.ClusterOf(off), img.geometry.ClustersFor(n)}); err != nil {
 		return nil, err

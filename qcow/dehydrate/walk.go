@@ -110,8 +110,12 @@ func (d *dehydrator) walkSnapshots(ctx context.Context) error {
 	if count == 0 {
 		return nil
 	}
-	// Only its entries tell how long the table is.
-	start, rest := d.inFile("snapshot table", d.header.snapshotTable, min(format.MaxSnapshotTableBytes, d.size-min(d.header.snapshotTable, d.size)))
+	// Only its entries tell how long the table is. Where the end of the last cluster is missing they go on with zeroes.
+	start, inFile := d.inFile("snapshot table", d.header.snapshotTable, min(format.MaxSnapshotTableBytes, d.size-min(d.header.snapshotTable, d.size)))
+	rest := uint64(0)
+	if inFile > 0 {
+		rest = min(format.MaxSnapshotTableBytes, d.ClustersFor(d.size)<<d.ClusterBits-start)
+	}
 	used := uint64(0)
 	for i := range count {
 		at := (used + align - 1) &^ (align - 1)
@@ -137,7 +141,7 @@ func (d *dehydrator) walkSnapshots(ctx context.Context) error {
 			return err
 		}
 	}
-	d.ranges.add(start, used)
+	d.ranges.add(start, min(used, inFile))
 	return nil
 }
 
