@@ -7,6 +7,7 @@ import (
 	"errors"
 	"runtime"
 	"slices"
+	"strings"
 	"testing"
 	"time"
 
@@ -354,7 +355,9 @@ func FuzzOpen(f *testing.F) {
 		}
 		p := &program{t: t, img: img, sound: checkErr == nil && sound(report)}
 		p.model = make([]byte, min(img.Size(), fuzzWindow))
-		_, err = img.ReadAt(p.model, 0)
+		if _, err = img.ReadAt(p.model, 0); errors.Is(err, qcow.ErrCorrupt) && strings.Contains(err.Error(), "compressed cluster") {
+			p.sound = false // the checker does not look at data
+		}
 		p.tolerate(err)
 		p.run(code)
 		p.compare(0, min(img.Size(), fuzzWindow))
