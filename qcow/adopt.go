@@ -7,7 +7,7 @@ import "github.com/qcow-csi/qcow-csi/qcow/format"
 // image reading from the backing file.
 type adoption struct {
 	img    *Image
-	claims []*claim
+	claims []claim
 	stored []*remap
 }
 
@@ -62,7 +62,7 @@ func (a *adoption) take(b []byte, off format.GuestOffset, m *mapping) (int, erro
 		}
 		m, n = &now, int(now.length)
 	}
-	w := &remap{img: a.img, m: m, off: off, p: b[:n]}
+	w := &remap{img: a.img, m: *m, off: off, p: b[:n]}
 	a.stored = append(a.stored, w)
 	if err := w.store(); err != nil {
 		return 0, err

@@ -9,90 +9,16 @@ import (
 	"github.com/qcow-csi/qcow-csi/qcow/format"
 )
 
-// firstReserve is how many clusters the reserve is filled with for the first time, if it may hold so many. Each later time it is
-// twice as many as before, up to the limit.
-const firstReserve = 16
-
-// allocator hands out host clusters from a reserve. For a cluster in the reserve three things are durable: its refcount is 1,
-// it reads as zeroes, and no table mentions it. So whoever takes one may write to any part of it and then
-// link it, with no sync between: whatever a crash keeps of the two, the guest sees zeroes or what it wrote (rules 1 and 3). One
-// sync fills the reserve for many allocations; a crash leaks at most what is in it.
+// allocator hands out host clusters from a reserve, and keeps the refcounts.
 type allocator struct {
 	img *Image
 	end atomic.Uint64 // clusters in the file, the last one perhaps in part
 
-	mu       sync.Mutex
-	counts   refcounts
-	reserve  []run          // ascending
-	stained  []run          // like the reserve, but their content is undefined
-	hint     format.Cluster // no cluster below it is free
-	nextFill uint64         // clusters to fill the reserve with next time
-	maxFill  uint64
-	keep     uint64 // the file is not made shorter than so many clusters (see keepTail)
-}
-
-// take returns at least one and at most n neighbouring clusters of the reserve.
-func (a *allocator) take(n uint64) (run, error) {
-	return a.takeBelow(n, format.Cluster(format.MaxHostOffset))
-}
-
-// takeBelow is take for clusters before limit. A run of 0 says that the lowest free ones are not.
-func (a *allocator) takeBelow(n uint64, limit format.Cluster) (run, error) {
-	a.mu.Lock()
-	defer a.mu.Unlock()
-	if len(a.reserve) == 0 {
-		if err := a.fill(n, limit); err != nil {
-			return run{}, fmt.Errorf("allocate clusters: %w", err)
-		}
-	}
-	if len(a.reserve) == 0 || a.reserve[0].first >= limit {
-		return run{}, nil
-	}
-	head := &a.reserve[0]
-	x := run{head.first, min(n, head.n, uint64(limit-head.first))}
-	head.first, head.n = head.first+format.Cluster(x.n), head.n-x.n
-	if head.n == 0 {
-		a.reserve = a.reserve[1:]
-	}
-	return x, nil
-}
-
-// giveBack returns clusters that were taken, perhaps written, but certainly never linked.
-func (a *allocator) giveBack(x run) {
-	a.mu.Lock()
-	defer a.mu.Unlock()
-	a.stained = append(a.stained, x)
-}
-
-// fill puts at least one cluster, and if possible n and more, into the empty reserve; none where only those from limit on are free.
-func (a *allocator) fill(n uint64, limit format.Cluster) error {
-	g := a.img.geometry
-	want := min(max(n, a.nextFill), a.maxFill)
-	if len(a.stained) == 0 {
-		if err := a.claimFree(want, limit); err != nil && len(a.stained) == 0 {
-			return err
-		}
-	}
-	if err := a.img.poisoned(); err != nil {
-		return err
-	}
-	if len(a.stained) == 0 {
-		return nil
-	}
-	// Everything that was stained, just claimed or not, becomes zero and durable with one sync.
-	clean := sortRuns(a.stained)
-	for _, x := range clean {
-		if err := a.img.file.PunchHole(int64(g.OffsetOf(x.first)), int64(x.n<<g.ClusterBits)); err != nil {
-			return err
-		}
-	}
-	if err := a.img.sync(); err != nil {
-		return err
-	}
-	a.stained = nil
-	a.reserve = clean
-	a.nextFill = min(a.nextFill*2, a.maxFill)
-	return nil
+	mu      sync.Mutex
+	counts  refcounts
+	reserve reserve
+	hint    format.Cluster // no cluster below it is free
+	keep    uint64         // the file is not made shorter than so many clusters (see keepTail)
 }
 
 // claimFree raises the refcount of up to want free clusters before limit, at least one if there is one, to 1 and counts them as stained: free
@@ -146,7 +72,7 @@ func (a *allocator) claim(x run) error {
 	}
 	done, err := a.counts.set(x, 1)
 	if done > 0 {
-		a.stained = append(a.stained, run{x.first, done})
+		a.reserve.stained = append(a.reserve.stained, run{x.first, done})
 	}
 	return err
 }
@@ -200,7 +126,7 @@ func (a *allocator) contiguous(n uint64) (run, error) {
 	if err := a.claim(x); err != nil {
 		return run{}, err
 	}
-	a.stained = a.stained[:len(a.stained)-1]
+	a.reserve.stained = a.reserve.stained[:len(a.reserve.stained)-1]
 	return x, a.img.sync()
 }
 
@@ -295,25 +221,6 @@ func (a *allocator) refcount(c format.Cluster) (uint64, error) {
 	a.mu.Lock()
 	defer a.mu.Unlock()
 	return a.counts.get(c)
-}
-
-// trim frees what is left of the reserve and cuts off the free clusters at the end of the file.
-func (a *allocator) trim() error {
-	a.mu.Lock()
-	defer a.mu.Unlock()
-	g := a.img.geometry
-	for _, x := range a.stained {
-		if err := a.img.file.PunchHole(int64(g.OffsetOf(x.first)), int64(x.n<<g.ClusterBits)); err != nil {
-			return err
-		}
-	}
-	for _, x := range sortRuns(append(a.reserve, a.stained...)) {
-		if _, err := a.freeLocked(x); err != nil {
-			return err
-		}
-	}
-	a.reserve, a.stained = nil, nil
-	return a.cut()
 }
 
 // keepTail keeps the end of a file that is being opened from being cut off, if its last cluster is free: where the image is damaged that may

@@ -8,9 +8,10 @@ import (
 	"github.com/qcow-csi/qcow-csi/qcow"
 )
 
-// Reading and overwriting what is allocated takes no memory. The race detector empties pools at random.
+// Reading and writing takes no memory, be it allocated or not. The race detector empties pools at random.
 func TestRequestsTakeNoMemory(t *testing.T) {
-	img := open(t, create(t, qcow.CreateOptions{Size: 16 << 20}), qcow.Options{})
+	img := open(t, create(t, qcow.CreateOptions{Size: 64 << 20}), qcow.Options{})
+	fresh := int64(16 << 20)
 	p := repeated(1, 1<<20)
 	for off := int64(0); off < 16<<20; off += int64(len(p)) {
 		writeAt(t, img, p, off)
@@ -23,7 +24,12 @@ func TestRequestsTakeNoMemory(t *testing.T) {
 		"long read":  func() error { _, err := img.ReadAt(p, 5<<20); return err },
 		"overwrite":  func() error { _, err := img.WriteAt(p[:4096], 5<<20+4096); return err },
 		"long write": func() error { _, err := img.WriteAt(p, 5<<20); return err },
-		"flush":      img.Flush,
+		"allocating write": func() error {
+			fresh += 64 << 10
+			_, err := img.WriteAt(p[:4096], fresh)
+			return err
+		},
+		"flush": img.Flush,
 	} {
 		if n := testing.AllocsPerRun(200, func() {
 			if err := do(); err != nil {

@@ -2,9 +2,12 @@ package qcow_test
 
 import (
 	"bytes"
+	"io"
 	"math/rand/v2"
 	"os"
 	"path/filepath"
+	"runtime"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -97,6 +100,41 @@ func BenchmarkImage(b *testing.B) {
 			return err
 		})
 	})
+}
+
+// BenchmarkAllocateTogether lets 16 goroutines write 4 KiB each to clusters that are not allocated, or to as many fresh places of a raw file.
+func BenchmarkAllocateTogether(b *testing.B) {
+	const size, stride = 1 << 40, 64 << 10
+	raw, err := storage.Create(filepath.Join(b.TempDir(), "raw"))
+	if err != nil {
+		b.Fatal(err)
+	}
+	for _, f := range []struct {
+		name string
+		to   io.WriterAt
+	}{
+		{"raw", raw},
+		{"image", benchFile(b, qcow.CreateOptions{Size: size}, qcow.Options{})},
+	} {
+		next := new(atomic.Int64)
+		b.Run(f.name, func(b *testing.B) {
+			b.ReportAllocs()
+			b.SetBytes(4096)
+			b.SetParallelism((16 + runtime.GOMAXPROCS(0) - 1) / runtime.GOMAXPROCS(0))
+			b.RunParallel(func(pb *testing.PB) {
+				p := bytes.Repeat([]byte{1}, 4096)
+				for pb.Next() {
+					if _, err := f.to.WriteAt(p, next.Add(stride)%size); err != nil {
+						b.Error(err)
+						return
+					}
+				}
+			})
+		})
+	}
+	if err := raw.Close(); err != nil {
+		b.Fatal(err)
+	}
 }
 
 // benchFile makes an image in a file, and opens it.

@@ -189,7 +189,7 @@ func bitmapFaultCase(t *testing.T, fault storage.Fault) (injected int, intact bo
 	mem := create(t, qcow.CreateOptions{Size: 64 << 10, ClusterSize: 512})
 	faults := storage.NewFaults(mem, &fault)
 	w := &bitmapFaults{t: t, rng: rand.New(rand.NewPCG(2, 2)), fault: fault.Err, forever: fault.Forever, bitmaps: map[string]*faultBitmap{}}
-	w.img = open(t, faults, qcow.Options{ReserveBytes: 4096})
+	w.img = open(t, faults, qcow.FilledByTakers(qcow.Options{ReserveBytes: 4096}))
 	for range 60 {
 		w.step()
 	}

@@ -35,7 +35,7 @@ func (img *Image) writeClaimed(p []byte, off format.GuestOffset) (int, error) {
 			return img.writeInPlace(p[:owned], off, &m)
 		}
 	}
-	w := remap{img: img, m: &m, off: off, p: p[:m.length]}
+	w := remap{img: img, m: m, off: off, p: p[:m.length]}
 	err = w.store()
 	if err == nil && !w.durable {
 		err = img.syncData()
@@ -60,7 +60,7 @@ func (img *Image) writeClaimed(p []byte, off format.GuestOffset) (int, error) {
 // the same time share that sync.
 type remap struct {
 	img   *Image
-	m     *mapping // of off
+	m     mapping // of off
 	off   format.GuestOffset
 	p     []byte // is cut to what can be written at once
 	stays bool   // the clusters stay where they are
@@ -85,7 +85,7 @@ func (w *remap) clusters() uint64 {
 func (w *remap) store() error {
 	img, g := w.img, w.img.geometry
 	if w.m.hosted() {
-		owned, err := img.ownedRun(w.m)
+		owned, err := img.ownedRun(&w.m)
 		if err != nil {
 			return err
 		}
@@ -94,7 +94,7 @@ func (w *remap) store() error {
 			w.stays = g.ExtendedL2
 		}
 	}
-	if err := img.mayUnlink(w.m, w.clusters()); err != nil {
+	if err := img.mayUnlink(&w.m, w.clusters()); err != nil {
 		return err
 	}
 	var err error
@@ -126,7 +126,7 @@ func (w *remap) link() error {
 	}
 	w.placed = false
 	if !w.stays {
-		w.img.quarantine.add(w.img.hostRun(w.m, w.clusters()))
+		w.img.quarantine.add(w.img.hostRun(&w.m, w.clusters()))
 	}
 	return nil
 }
@@ -144,7 +144,7 @@ func (w *remap) cutToFresh() (bool, error) {
 	if w.stays || !img.freshReadsZero() || !w.m.zero() && !w.m.absent() {
 		return false, nil
 	}
-	if w.m.zero() {
+	if w.m.zero() || img.under() == nil {
 		return true, nil
 	}
 	sub := format.GuestOffset(g.SubclusterSize())

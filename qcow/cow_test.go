@@ -100,7 +100,7 @@ func TestCopyOnWriteOperations(t *testing.T) {
 				t.Fatal(err)
 			}
 			rec := storage.NewRecorder(top)
-			img := open(t, rec, qcow.Options{Gate: f.gate, Passphrase: []byte(passphrase)})
+			img := open(t, rec, qcow.FilledByTakers(qcow.Options{Gate: f.gate, Passphrase: []byte(passphrase)}))
 			fillReserve(t, img, rec)
 			if x.before != nil {
 				x.before(t, img)

@@ -54,11 +54,16 @@ func newCrashWorkload(t *testing.T, seed uint64, o qcow.CreateOptions, reserve, 
 	return startCrashWorkload(t, seed, initial, reserve, filled), initial
 }
 
-// startCrashWorkload starts with an image in which the first filled bytes have the value 1.
+// startCrashWorkload starts with an image in which the first filled bytes have the value 1. With an odd seed the order of operations is the
+// same each time; with an even one the reserve is filled in the background, whenever that happens.
 func startCrashWorkload(t *testing.T, seed uint64, initial []byte, reserve, filled int64) *crashWorkload {
 	w := &crashWorkload{t: t, rng: rand.New(rand.NewPCG(seed, 1)), rec: storage.NewRecorder(storage.NewMemoryFrom(bytes.Clone(initial)))}
+	o := qcow.Options{ReserveBytes: reserve}
+	if seed%2 == 1 {
+		o = qcow.FilledByTakers(o)
+	}
 	var err error
-	if w.img, err = qcow.Open(w.rec, qcow.Options{ReserveBytes: reserve}); err != nil {
+	if w.img, err = qcow.Open(w.rec, o); err != nil {
 		t.Fatal(err)
 	}
 	w.cluster = int64(w.img.Info().ClusterSize)

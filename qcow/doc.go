@@ -16,7 +16,8 @@
 //
 //   - New clusters come from a reserve (allocator). For those in it, the refcount of 1 and the zeroes they hold are durable already.
 //     So linking one needs no sync: with the link on disk, the guest sees zeroes or what it wrote, never what
-//     another guest cluster held before. One sync fills the reserve with up to 16 MiB.
+//     another guest cluster held before. One sync fills the reserve, with few clusters for who needs few and with up to
+//     256 MiB for who needs many; it runs in the background while half of the reserve is left.
 //   - Where the guest reads something else than zeroes before a write, the new cluster gets that too, in the same write, and a
 //     sync comes before the link (writeNew).
 //   - A cluster that is unlinked stays in quarantine with its refcount and its content. The next
@@ -42,5 +43,6 @@
 //
 // Lock order, each taken before the ones after it: Image.maintenance, Image.maintaining, the freeze, recording.mu, claims, packing.mu,
 // Image.newTable, allocator.mu, Image.headerMu, tableSlice.mu; and these, under which nothing else is locked: bitmaps.mu, tableCache.mu,
-// Image.l1mu, metadataMap.mu, quarantine.mu, groupSync.mu, CacheBudget.mu. Inside an epoch nothing waits for epochs: Flush, Resize, Close and the like run outside.
+// Image.l1mu, metadataMap.mu, quarantine.mu, groupSync.mu, CacheBudget.mu. A fill of the reserve syncs under none of these, but who waits for it may hold all before
+// allocator.mu. Inside an epoch nothing waits for epochs: Flush, Resize, Close and the like run outside.
 package qcow

@@ -91,30 +91,36 @@ func TestFault(t *testing.T) {
 	}
 	o := qcow.CreateOptions{Size: 64 << 10, ClusterSize: 512, RefcountBits: 32}
 	for _, kind := range kinds {
-		t.Run(kind.name, func(t *testing.T) {
-			injected := 0
-			for at := 0; ; at += stride {
-				fault := kind.fault
-				fault.At = at
-				n := faultCase(t, o, fault)
-				if n == 0 {
-					break
+		for _, filled := range []string{"by takers", "in the background"} {
+			t.Run(kind.name+"/"+filled, func(t *testing.T) {
+				open := qcow.Options{ReserveBytes: 8 * int64(o.ClusterSize)}
+				if filled == "by takers" {
+					open = qcow.FilledByTakers(open)
 				}
-				injected += n
-			}
-			t.Logf("%d faults", injected)
-		})
+				injected := 0
+				for at := 0; ; at += stride {
+					fault := kind.fault
+					fault.At = at
+					n := faultCase(t, o, open, fault)
+					if n == 0 {
+						break
+					}
+					injected += n
+				}
+				t.Logf("%d faults", injected)
+			})
+		}
 	}
 }
 
 // faultCase runs one workload with one fault and returns how many operations it failed.
-func faultCase(t *testing.T, o qcow.CreateOptions, fault storage.Fault) (injected int) {
+func faultCase(t *testing.T, o qcow.CreateOptions, open qcow.Options, fault storage.Fault) (injected int) {
 	mem := storage.NewMemory()
 	if err := qcow.Create(mem, o); err != nil {
 		t.Fatal(err)
 	}
 	faults := storage.NewFaults(mem, &fault)
-	img, err := qcow.Open(faults, qcow.Options{ReserveBytes: 8 * int64(o.ClusterSize)})
+	img, err := qcow.Open(faults, open)
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -79,6 +79,7 @@ func (img *Image) Close() error {
 	defer img.maintenance.Unlock()
 	img.epochs.wait()
 	err := img.settle()
+	img.alloc.finishFill()
 	img.tables.share.leave(img.tables)
 	if img.external() {
 		err = errors.Join(err, img.data.Close())

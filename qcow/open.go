@@ -14,7 +14,7 @@ import (
 
 const (
 	defaultCacheBytes   = 8 << 20 // holds the L2 entries of 64 GiB in clusters of 64 KiB
-	defaultReserveBytes = 16 << 20
+	defaultReserveBytes = 256 << 20
 )
 
 // Options say how to open an image.
@@ -23,8 +23,8 @@ type Options struct {
 	CacheBytes int64 // of L2 tables and refcount blocks, at most; 0 means 8 MiB
 	// Budget bounds the caches of several images together; nil means one of 128 MiB for the whole process.
 	Budget *CacheBudget
-	// ReserveBytes bounds what is allocated ahead of use, and so what a crash leaks: at least one cluster; 0 means
-	// 16 MiB. Allocating writes cost one sync for each so many bytes.
+	// ReserveBytes bounds what is allocated ahead of use: at least one cluster; 0 means 256 MiB. So much at the most a kill or a crash leaks, in
+	// clusters that take no space on disk. An image that needs few clusters has few in reserve, 16 at first.
 	ReserveBytes int64
 	// Gate opens the backing file and the data file that the image names, and what these name in turn. Without one an image
 	// that names any is ErrUnsupported.
@@ -44,8 +44,9 @@ type Options struct {
 	// any more when it is opened for writing; what does not fit later becomes dirty as a whole, in ranges of 65536 bits.
 	BitmapBytes int64
 
-	depth int             // in a chain of backing files
-	ctx   context.Context // of OpenContext, for the files of the chain
+	depth        int             // in a chain of backing files
+	fillByTakers bool            // see reserve.byTakers
+	ctx          context.Context // of OpenContext, for the files of the chain
 }
 
 // Open opens the image in f, whose format the caller knows to be qcow2: nothing is probed. On success Close closes f; on
@@ -135,8 +136,8 @@ func newImage(f storage.File, header *format.Header, size int64, o Options) *Ima
 	img.tables = newTableCache(img, o.CacheBytes, o.Budget)
 	img.size.Store(int64(header.Size))
 	img.alloc.img = img
-	img.alloc.maxFill = max(uint64(o.ReserveBytes)>>header.ClusterBits, 1)
-	img.alloc.nextFill = min(firstReserve, img.alloc.maxFill)
+	img.alloc.reserve = newReserve(&img.alloc.mu, max(uint64(o.ReserveBytes)>>header.ClusterBits, 1))
+	img.alloc.reserve.byTakers = o.fillByTakers
 	img.alloc.end.Store(img.geometry.ClustersFor(uint64(size)))
 	img.alloc.counts = refcounts{img: img, offset: header.RefcountTableOffset}
 	return img

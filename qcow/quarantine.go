@@ -84,10 +84,10 @@ func (img *Image) flush() (reclaimErr, err error) {
 		img.quarantine.putBack(unlinked)
 		return nil, err
 	}
-	if len(unlinked) == 0 {
-		return nil, nil
+	if len(unlinked) > 0 {
+		reclaimErr = img.reclaim(sortRuns(unlinked))
 	}
-	return img.reclaim(sortRuns(unlinked)), nil
+	return errors.Join(reclaimErr, img.alloc.relax()), nil
 }
 
 // emptyQuarantine flushes until every cluster that was unlinked is given back, and keeps others from flushing until release is called: whoever

@@ -24,6 +24,14 @@ func appendRun(runs []run, r run) []run {
 	return append(runs, r)
 }
 
+// countRuns returns how many clusters runs are.
+func countRuns(runs []run) (n uint64) {
+	for _, x := range runs {
+		n += x.n
+	}
+	return n
+}
+
 // refcounts is the refcount table and its blocks. The allocator's lock guards it.
 type refcounts struct {
 	img    *Image

@@ -201,7 +201,7 @@ func (c *blowCase) fatalf(msg string, args ...any) {
 func (c *blowCase) run() bool {
 	const reserve = 6
 	switchable := &switchableFaults{File: c.f}
-	img := open(c.t, switchable, qcow.Options{ReserveBytes: reserve * 512})
+	img := open(c.t, switchable, qcow.FilledByTakers(qcow.Options{ReserveBytes: reserve * 512}))
 	c.before.want = bytes.Clone(c.before.want)
 	writeAt(c.t, img, repeated(0x77, 3000), 5000) // leaves a reserve, and old clusters to give back
 	copy(c.before.want[5000:], repeated(0x77, 3000))
@@ -314,7 +314,7 @@ func TestSnapshotFullDisk(t *testing.T) {
 			after := b.after(before)
 			for room := int64(0); ; room += 512 {
 				f := storage.NewMemoryFrom(image.Bytes())
-				img := open(t, f, qcow.Options{})
+				img := open(t, f, qcow.FilledByTakers(qcow.Options{}))
 				writeAt(t, img, repeated(0x66, 16<<10), 24<<10) // takes what is free in the file
 				if err := img.Flush(); err != nil {
 					t.Fatal(err)

@@ -492,7 +492,7 @@ func eachFault(t *testing.T, layers []layer, faulty int, o qcow.Options, try fun
 			faults := storage.NewFaults(sound, &fault)
 			c.files[target] = faults
 			o.Gate = c.files.gate
-			img, err := qcow.Open(c.files[c.top()], o)
+			img, err := qcow.Open(c.files[c.top()], qcow.FilledByTakers(o))
 			if err == nil {
 				if err = try(c, img); err != nil && !errors.Is(err, fault.Err) {
 					t.Fatalf("%s at %d surfaced as %v", name, at, err)

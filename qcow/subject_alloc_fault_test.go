@@ -136,7 +136,7 @@ func growthFault(t *testing.T, image, content []byte, fault storage.Fault) int {
 	t.Helper()
 	mem := storage.NewMemoryFrom(bytes.Clone(image))
 	faults := storage.NewFaults(mem, &fault)
-	r := &growthRun{img: open(t, faults, qcow.Options{ReserveBytes: 64 * 512}), fault: fault, want: content}
+	r := &growthRun{img: open(t, faults, qcow.FilledByTakers(qcow.Options{ReserveBytes: 64 * 512})), fault: fault, want: content}
 	r.run(t)
 	r.verify(t, r.img)
 	closeErr := r.img.Close()

@@ -13,8 +13,8 @@ import (
 // maxSlice is the largest unit of table that is cached: a read of one entry of a 2 MiB table should not cost 2 MiB.
 const maxSlice = 4096
 
-// tableCache keeps slices of L2 tables and refcount blocks in memory. It never holds anything that is not in the file: a
-// write goes to the file first and to the slice when that has succeeded. So an eviction loses nothing, and
+// tableCache keeps slices of L2 tables and refcount blocks in memory. Nobody sees anything in one that is not in the file: it is
+// locked from before it changes until the change is in the file as well, or undone. So an eviction loses nothing, and
 // what was acknowledged survives a kill.
 type tableCache struct {
 	file        storage.File
@@ -181,8 +181,7 @@ func (c *tableCache) remove(off format.HostOffset) {
 	c.share.giveBack(int64(c.sliceSize))
 }
 
-// update changes n bytes at off, which lie in one slice: fn edits a copy of them, which goes to the file and then
-// to the slice.
+// update changes n bytes at off, which lie in one slice: fn edits them, and they go to the file. When that fails they are as before.
 func (c *tableCache) update(off format.HostOffset, n uint64, fn func(b []byte)) error {
 	s, err := c.pin(off)
 	if err != nil {
@@ -191,15 +190,21 @@ func (c *tableCache) update(off format.HostOffset, n uint64, fn func(b []byte)) 
 	defer s.unpin()
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	old := s.b[off-s.off:][:n]
-	b := append([]byte(nil), old...)
+	b := s.b[off-s.off:][:n]
+	before := undo.Get().(*[]byte)
+	defer undo.Put(before)
+	*before = append((*before)[:0], b...)
+	old := *before
 	fn(b)
 	if err := c.write(off, old, b); err != nil {
+		copy(b, old)
 		return err
 	}
-	copy(old, b)
 	return nil
 }
+
+// undo holds byte slices for what an update changes.
+var undo = sync.Pool{New: func() any { return new([]byte) }}
 
 // readFull reads len(p) bytes that must be there: a table is never cut off by the end of the file.
 func readFull(f io.ReaderAt, p []byte, off format.HostOffset) error {

@@ -21,7 +21,7 @@ func TestTrace(t *testing.T) {
 		t.Fatal(err)
 	}
 	rec := storage.NewRecorder(mem)
-	img, err := qcow.Open(rec, qcow.Options{ReserveBytes: 16 * 512})
+	img, err := qcow.Open(rec, qcow.FilledByTakers(qcow.Options{ReserveBytes: 16 * 512}))
 	if err != nil {
 		t.Fatal(err)
 	}
