@@ -2,6 +2,7 @@ package qcow_test
 
 import (
 	"bytes"
+	"fmt"
 	"io"
 	"math/rand/v2"
 	"os"
@@ -184,7 +185,8 @@ func BenchmarkSequential(b *testing.B) {
 	}
 }
 
-// BenchmarkCopyOnWrite writes 4 KiB to clusters that a backing file has: each is copied, and durable before it is linked.
+// BenchmarkCopyOnWrite writes 4 KiB to clusters that a backing file has: each is copied, and durable before it is linked. With a journal that
+// is later.
 func BenchmarkCopyOnWrite(b *testing.B) {
 	const size, cluster = 256 << 20, 64 << 10
 	dir := b.TempDir()
@@ -200,7 +202,8 @@ func BenchmarkCopyOnWrite(b *testing.B) {
 	if err := base.Close(); err != nil {
 		b.Fatal(err)
 	}
-	overlay := func() *qcow.Image {
+	overlay := func(b *testing.B, journal bool) *qcow.Image {
+		b.Helper()
 		path := filepath.Join(dir, "top.qcow2")
 		if err := os.RemoveAll(path); err != nil {
 			b.Fatal(err)
@@ -212,32 +215,42 @@ func BenchmarkCopyOnWrite(b *testing.B) {
 		if err := qcow.Create(f, qcow.CreateOptions{Size: size, BackingFile: "base.raw", BackingFormat: "raw"}); err != nil {
 			b.Fatal(err)
 		}
-		img, err := qcow.Open(f, qcow.Options{Gate: qcow.Within(dir)})
+		o := qcow.Options{Gate: qcow.Within(dir)}
+		if journal {
+			if o.Journal, err = storage.OpenJournal(filepath.Join(shared(b), "journal"), f); err != nil {
+				b.Fatal(err)
+			}
+		}
+		img, err := qcow.Open(f, o)
 		if err != nil {
 			b.Fatal(err)
 		}
 		return img
 	}
-	img, next := overlay(), int64(0)
-	p := make([]byte, 4096)
-	b.ReportAllocs()
-	b.SetBytes(int64(len(p)))
-	for b.Loop() {
-		if next == size {
-			b.StopTimer()
-			if err := img.Close(); err != nil {
-				b.Fatal(err)
+	for _, journal := range []bool{false, true} {
+		b.Run(fmt.Sprintf("journal=%v", journal), func(b *testing.B) {
+			img, next := overlay(b, journal), int64(0)
+			p := make([]byte, 4096)
+			b.ReportAllocs()
+			b.SetBytes(int64(len(p)))
+			for b.Loop() {
+				if next == size {
+					b.StopTimer()
+					if err := img.Close(); err != nil {
+						b.Fatal(err)
+					}
+					img, next = overlay(b, journal), 0
+					b.StartTimer()
+				}
+				if _, err := img.WriteAt(p, next); err != nil {
+					b.Fatal(err)
+				}
+				next += cluster
 			}
-			img, next = overlay(), 0
-			b.StartTimer()
-		}
-		if _, err := img.WriteAt(p, next); err != nil {
-			b.Fatal(err)
-		}
-		next += cluster
-	}
-	if err := img.Close(); err != nil {
-		b.Error(err)
+			if err := img.Close(); err != nil {
+				b.Error(err)
+			}
+		})
 	}
 }
 

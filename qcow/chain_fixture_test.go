@@ -33,6 +33,15 @@ func (f files) gate(r qcow.Reference) (qcow.Opened, error) {
 	return qcow.Opened{File: file, Format: r.Format, Gate: f.gate}, nil
 }
 
+// copied returns copies of the files, all in memory, as they are now.
+func (f files) copied() files {
+	list := files{}
+	for name, file := range f {
+		list[name] = storage.NewMemoryFrom(file.(*storage.Memory).Bytes())
+	}
+	return list
+}
+
 // overlay returns a file with a new image on the backing file with that name and format.
 func overlay(t testing.TB, o qcow.CreateOptions, name, backingFormat string) *storage.Memory {
 	t.Helper()

@@ -14,12 +14,7 @@ func (img *Image) changeHeader(change func(*format.Header)) error {
 	defer img.headerMu.Unlock()
 	h := img.header
 	change(&h)
-	if img.external() {
-		if err := img.syncData(); err != nil {
-			return err
-		}
-	}
-	if err := img.sync(); err != nil {
+	if err := img.syncAll(); err != nil {
 		return err
 	}
 	if err := img.writeHeader(&h); err != nil {

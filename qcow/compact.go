@@ -299,7 +299,10 @@ func (c *compaction) moveTable(i uint64) error {
 		return err
 	}
 	b := make([]byte, g.ClusterSize())
-	if err = readFull(img.file, b, old.Offset()); err == nil {
+	if err = img.settleLinks(); err == nil {
+		err = readFull(img.file, b, old.Offset())
+	}
+	if err == nil {
 		_, err = img.file.WriteAt(b, int64(g.OffsetOf(to.first)))
 	}
 	if err == nil {

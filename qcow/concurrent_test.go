@@ -11,6 +11,7 @@ import (
 	"testing"
 
 	"github.com/qcow-csi/qcow-csi/qcow"
+	"github.com/qcow-csi/qcow-csi/qcow/check"
 	"github.com/qcow-csi/qcow-csi/qcow/storage"
 )
 
@@ -242,6 +243,57 @@ func TestConcurrentRequests(t *testing.T) {
 				}
 				expectClean(t, f.Bytes())
 				tr.verifyAll(f)
+			})
+		}
+	}
+}
+
+// TestConcurrentRequestsHoldBack is TestConcurrentRequests over a backing file, with a journal so small that it is full again and again.
+func TestConcurrentRequestsHoldBack(t *testing.T) {
+	const (
+		owners, requests = 6, 150
+		maxRange         = 192 << 10
+	)
+	for _, o := range append(trafficShapes, qcow.CreateOptions{ClusterSize: 16 << 10, ExtendedL2: true}) {
+		for _, seed := range testSeeds(t, 1, 50) {
+			t.Run(fmt.Sprintf("cluster=%d/refcount=%d/seed=%d", o.ClusterSize, o.RefcountBits, seed), func(t *testing.T) {
+				cluster := int64(o.ClusterSize)
+				each, shared := min(40*cluster, maxRange)+cluster/3, min(24*cluster, maxRange)
+				o.Size = (shared + owners*each + sector) / sector * sector
+				o.BackingFile, o.BackingFormat = "base", "raw"
+				base := append(make([]byte, shared), repeated(0x55, o.Size-shared)...)
+				f := files{"base": storage.NewMemoryFrom(base), "top": create(t, o)}
+				j := newJournal(17)
+				img := open(t, restless(f["top"]), qcow.Options{CacheBytes: 1, ReserveBytes: maxRange, Journal: j, Gate: f.gate})
+				tr := newTraffic(t, img, seed, owners, each, shared)
+				for _, o := range tr.owners {
+					copy(o.want, base[o.start:])
+				}
+				stop := make(chan struct{})
+				var wg sync.WaitGroup
+				wg.Go(func() { growUntil(t, img, stop, cluster) })
+				tr.run(requests)
+				close(stop)
+				wg.Wait()
+				// As after a kill: nobody flushes.
+				again, _ := killed(t, f["top"].(*storage.Memory), j, qcow.Options{Gate: f.gate})
+				if r := again.Restored(); r.Lost > 0 {
+					t.Errorf("%+v", r)
+				}
+				for _, image := range []*qcow.Image{again, img} {
+					for _, o := range tr.owners {
+						if err := o.verify(image, 0, int64(len(o.want))); err != nil {
+							t.Error(err)
+						}
+					}
+					if err := image.Close(); err != nil {
+						t.Fatal(err)
+					}
+				}
+				report, err := check.Check(t.Context(), f["top"], check.Options{})
+				if err != nil || !report.Clean() {
+					t.Errorf("%v, %v", report, err)
+				}
 			})
 		}
 	}

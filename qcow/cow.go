@@ -37,11 +37,8 @@ func (img *Image) writeClaimed(p []byte, off format.GuestOffset) (int, error) {
 	}
 	w := remap{img: img, m: m, off: off, p: p[:m.length]}
 	err = w.store()
-	if err == nil && !w.durable {
-		err = img.syncData()
-	}
 	if err == nil {
-		err = w.link()
+		err = w.publish()
 	}
 	if err != nil {
 		w.undo()
@@ -55,9 +52,9 @@ func (img *Image) writeClaimed(p []byte, off format.GuestOffset) (int, error) {
 // which are written, it goes there. What the request does not cover of a cluster or subcluster, and of data that has to move, is copied
 // with it, in one write. Then the clusters are linked. A crash between leaks them, nothing else.
 //
-// Where the guest reads zeroes so far and the new cluster holds zeroes durably, the link needs no sync before it. Elsewhere the data is
-// made durable first (rule 3): a link without its data would show neither what was there before nor what was written. Requests at
-// the same time share that sync.
+// Where the guest reads zeroes so far and the new cluster holds zeroes durably, the link needs no sync before it. Elsewhere the data has to be
+// durable first (rule 3): a link without its data would show neither what was there before nor what was written. With a journal the link is
+// held back until a flush (heldLinks); without one a sync makes the data durable, which requests at the same time share.
 type remap struct {
 	img   *Image
 	m     mapping // of off
@@ -117,6 +114,19 @@ func (w *remap) store() error {
 		return err
 	}
 	return w.copying()
+}
+
+// publish makes the guest clusters refer to what was stored, for good as far as the process goes.
+func (w *remap) publish() error {
+	if !w.durable {
+		if held, err := w.hold(); held || err != nil {
+			return err
+		}
+		if err := w.img.syncData(); err != nil {
+			return err
+		}
+	}
+	return w.link()
 }
 
 // link makes the guest clusters refer to what was stored, which is durable unless it may be lost.

@@ -71,6 +71,9 @@ func newChainCrash(t *testing.T, seed uint64, layers []layer, changing []int, o 
 	if seed%2 == 1 {
 		o = qcow.FilledByTakers(o)
 	}
+	if o.Journal != nil {
+		w.addJournal(&o)
+	}
 	w.img = open(t, w.live[w.top], o)
 	return w
 }
@@ -237,14 +240,21 @@ func (w *chainCrash) verify(s *storage.GroupCrashState) error {
 	if err := w.checkImages(f); err != nil {
 		return err
 	}
+	o := qcow.Options{Gate: f.gate, ReserveBytes: 4 * w.cluster}
+	if s.Kind == storage.Kill && f[journalName] != nil {
+		o.Journal = &memoryJournal{f[journalName]}
+	}
 	if w.also != nil {
 		if err := w.also(s, f); err != nil {
 			return err
 		}
 	}
-	img, err := qcow.Open(f[w.top], qcow.Options{Gate: f.gate, ReserveBytes: 4 * w.cluster})
+	img, err := qcow.Open(f[w.top], o)
 	if err != nil {
 		return fmt.Errorf("open: %w", err)
+	}
+	if r := img.Restored(); r.Lost > 0 {
+		return fmt.Errorf("the journal says %+v", r)
 	}
 	content := make([]byte, img.Size())
 	if _, err := img.ReadAt(content, 0); err != nil {
@@ -301,7 +311,7 @@ func (w *chainCrash) useAgain(img *qcow.Image, content []byte) error {
 // states verifies every state of the log, and lets QEMU judge some. It returns how many there are, and stops at the first that is not allowed.
 func (w *chainCrash) states(ops []storage.Op, o storage.CrashOptions, everyQEMU int) (n int, err error) {
 	dir := w.t.TempDir()
-	for s := range storage.GroupCrashStates(w.initial, ops, o) {
+	for s := range w.crashStates(ops, o) {
 		n++
 		if n%stride != 0 {
 			continue

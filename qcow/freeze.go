@@ -27,7 +27,7 @@ func (f *freezer) wait() {
 }
 
 // freeze waits for the requests under way and keeps those that change the image from beginning, until thaw is called.
-// The caller holds Image.maintaining.
+// The caller holds Image.maintaining. Nothing is held back in the meantime, unless the image is poisoned.
 func (img *Image) freeze() (thaw func()) {
 	f := &img.freezer
 	f.mu.Lock()
@@ -37,6 +37,7 @@ func (img *Image) freeze() (thaw func()) {
 	}
 	f.mu.Unlock()
 	img.epochs.wait()
+	_ = img.settleLinks() // a failure poisons the image, and whatever is to be written meets that
 	return func() {
 		f.mu.Lock()
 		defer f.mu.Unlock()

@@ -48,6 +48,9 @@ type Image struct {
 	unpacked   unpacked
 	packing    packing
 	alloc      allocator
+	links      *heldLinks // nil: none is held back
+	journal    Journal    // nil: there is none
+	restored   Restored
 	bitmaps    bitmaps
 
 	headerMu      sync.Mutex // held while the header is switched
@@ -80,6 +83,12 @@ func (img *Image) Close() error {
 	img.epochs.wait()
 	err := img.settle()
 	img.alloc.finishFill()
+	if img.links != nil {
+		img.links.background.Wait()
+	}
+	if img.journal != nil {
+		err = errors.Join(err, img.journal.Close())
+	}
 	img.tables.share.leave(img.tables)
 	if img.external() {
 		err = errors.Join(err, img.data.Close())
@@ -103,7 +112,15 @@ func (img *Image) settle() error {
 	if err := img.alloc.trim(); err != nil {
 		return err
 	}
-	return errors.Join(img.saveBitmaps(), img.sync())
+	if err := img.saveBitmaps(); err != nil {
+		return errors.Join(err, img.sync())
+	}
+	if img.links != nil {
+		if err := img.links.mark(false); err != nil {
+			return err
+		}
+	}
+	return img.sync()
 }
 
 // usable returns why no request can be served, or nil.

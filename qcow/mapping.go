@@ -167,6 +167,11 @@ func (img *Image) sliceSpan(off format.GuestOffset) uint64 {
 func (img *Image) setEntries(table format.HostOffset, off format.GuestOffset, n uint64, entry func(i uint64, old format.MappingEntry) format.MappingEntry) error {
 	g := img.geometry
 	at := img.entryOffset(table, g.L2Index(off))
+	if img.links.holds(at, n) {
+		if err := img.settleLinks(); err != nil {
+			return err
+		}
+	}
 	return img.tables.update(at, n*g.L2EntrySize(), func(b []byte) {
 		for i := range n {
 			g.PutMappingEntry(b, i, entry(i, g.MappingEntry(b, i)))

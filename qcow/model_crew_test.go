@@ -81,9 +81,13 @@ func runCrew(t *testing.T, k modelKind, rng *rand.Rand, replay string) uint64 {
 	k.o.Size = (c.area + sector - 1 + sector*rng.Int64N(200)) / sector * sector
 	c.model = newModel(t.Context(), k.start(t, rng), false)
 	c.open = len(c.chain) > 0
-	img, err := qcow.Open(restless(c.file()), qcow.Options{
+	open := qcow.Options{
 		Gate: c.files.gate, Passphrase: []byte(passphrase), CacheBytes: 1, ReserveBytes: 8 * cluster, CommitDepth: min(len(c.chain), 1), DetectZeroes: rng.IntN(3) == 0,
-	})
+	}
+	if c.journal != nil {
+		open.Journal = c.journal
+	}
+	img, err := qcow.Open(restless(c.file()), open)
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -20,6 +20,7 @@ type model struct {
 	kind    modelKind
 	files   files
 	img     *qcow.Image
+	journal *memoryJournal // nil: there is none
 	cluster int64
 	disks
 	made    int // snapshots, so far
@@ -56,6 +57,9 @@ func newModel(ctx context.Context, s *modelStart, kills bool) *model {
 		m.width = 16
 	}
 	m.chain = m.chainFrom(s.chain)
+	if s.kind.journal {
+		m.journal = newJournal(40)
+	}
 	return m
 }
 
@@ -74,6 +78,9 @@ func (m *model) open(a uint64) (err error) {
 	if m.writable = 0; a>>16%2 == 0 && len(m.chain) > 0 {
 		m.writable = 1 + int(a>>17%uint64(len(m.chain)))
 		o.CommitDepth = m.writable
+	}
+	if m.journal != nil {
+		o.Journal = m.journal
 	}
 	m.img, err = qcow.OpenContext(m.ctx, m.file(), o)
 	return err
@@ -121,9 +128,10 @@ func (m *model) kill(a, b uint64) error {
 		return m.reopen(a, b)
 	}
 	left := m.img
-	for name, f := range m.files {
-		m.files[name] = storage.NewMemoryFrom(f.(*storage.Memory).Bytes())
+	if m.journal != nil { // before the files: what is settled meanwhile is in both
+		m.journal = m.journal.copied()
 	}
+	m.files = m.files.copied()
 	m.leaky[modelImage] = true
 	if m.writable > 0 {
 		m.leaky[m.chain[m.writable-1]] = true
@@ -134,6 +142,9 @@ func (m *model) kill(a, b uint64) error {
 	}
 	if err := m.open(a); err != nil {
 		return err
+	}
+	if r := m.img.Restored(); r.Lost > 0 {
+		return fmt.Errorf("after a kill: %+v", r)
 	}
 	if err := left.Close(); err != nil { // what was killed has files of its own now
 		return fmt.Errorf("close what was left: %w", err)
@@ -211,11 +222,16 @@ func (m *model) compare() error {
 	return nil
 }
 
-// compareFile reads all disks from the file as it is.
+// compareFile reads all disks from the file as it is, and from the journal.
 func (m *model) compareFile() error {
-	o := m.options()
+	o, file := m.options(), m.file()
 	o.ReadOnly = true
-	img, err := qcow.Open(m.file(), o)
+	if m.journal != nil { // before the files: what is settled meanwhile is in both
+		o.Journal, o.ReadOnly = m.journal.copied(), false
+		left := m.files.copied()
+		o.Gate, file = left.gate, left[modelImage].(*storage.Memory)
+	}
+	img, err := qcow.Open(file, o)
 	if err != nil {
 		return err
 	}

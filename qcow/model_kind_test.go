@@ -27,6 +27,7 @@ type modelKind struct {
 	o        qcow.CreateOptions
 	external bool    // the data is in a file of its own
 	luks     bool    // it is encrypted
+	journal  bool    // it is opened with a journal
 	below    []layer // its backing files, the lowest first
 	other    []layer // what it may be rebased onto besides
 }
@@ -91,6 +92,10 @@ func modelKinds() []modelKind {
 	} {
 		k.name, k.o.Size = name, 1<<20+5*sector
 		kinds = append(kinds, k)
+		if len(k.below) > 0 || k.luks {
+			k.name, k.journal = name+"-journal", true
+			kinds = append(kinds, k)
+		}
 	}
 	slices.SortStableFunc(kinds, func(a, b modelKind) int { return strings.Compare(a.name, b.name) })
 	return kinds
@@ -106,6 +111,7 @@ func randomModelKind(rng *rand.Rand) modelKind {
 		o.ClusterSize = 256 << 10 << rng.IntN(4)
 	}
 	k.luks = rng.IntN(5) == 0
+	k.journal = rng.IntN(2) == 0
 	if o.Version == 3 {
 		o.RefcountBits = 1 << rng.IntN(7)
 		o.LazyRefcounts = rng.IntN(4) == 0

@@ -40,6 +40,11 @@ type Options struct {
 	Snapshot string
 	// DetectZeroes makes WriteAt treat data that is all zeroes as WriteZeroes with leave to unmap.
 	DetectZeroes bool
+	// Journal, unless nil, is where links to data that is not durable yet are held back ([OpenJournal] of package storage): then copy-on-write and
+	// the like cost no sync. What a killed process has left in it Open restores; see [Image.Restored]. It belongs to the image file, and is
+	// closed with the image when Open has succeeded. Without one such writes are made durable before they are linked. An image that is only read,
+	// and one of version 2, do not use it.
+	Journal Journal
 	// BitmapBytes bounds the memory for the bits of dirty bitmaps; 0 means 2 GiB. Where what the image has does not fit, it has no bitmaps
 	// any more when it is opened for writing; what does not fit later becomes dirty as a whole, in ranges of 65536 bits.
 	BitmapBytes int64
@@ -99,6 +104,11 @@ func OpenContext(ctx context.Context, f storage.File, o Options) (_ *Image, err 
 	if err := img.keepBitmaps(uint64(size)); err != nil {
 		return nil, err
 	}
+	if img.journal != nil {
+		if err := img.takeJournal(img.journal); err != nil {
+			return nil, err
+		}
+	}
 	return img, img.clearAutoclear()
 }
 
@@ -124,6 +134,9 @@ func newImage(f storage.File, header *format.Header, size int64, o Options) *Ima
 		metadata:     metadataMap{geometry: header.Geometry, set: clusterSet{}},
 		header:       *header,
 		l1offset:     header.L1Offset,
+	}
+	if o.depth == 0 {
+		img.journal = o.Journal
 	}
 	if o.Budget == nil {
 		o.Budget = processBudget

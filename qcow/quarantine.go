@@ -16,9 +16,10 @@ type quarantine struct {
 	// emptying is read-locked from the moment clusters are taken out until they are given back, or here again.
 	emptying sync.RWMutex
 
-	mu   sync.Mutex
-	runs []run
-	n    uint64
+	mu      sync.Mutex
+	runs    []run
+	durable []run // no table on disk mentions them either
+	n       uint64
 }
 
 // add puts unlinked clusters in.
@@ -38,12 +39,13 @@ func (q *quarantine) length() uint64 {
 	return q.n
 }
 
-// takeAll empties the quarantine.
+// takeAll empties the quarantine of what needs a sync.
 func (q *quarantine) takeAll() []run {
 	q.mu.Lock()
 	defer q.mu.Unlock()
 	runs := q.runs
-	q.runs, q.n = nil, 0
+	q.n -= countRuns(runs)
+	q.runs = nil
 	return runs
 }
 
@@ -51,6 +53,24 @@ func (q *quarantine) putBack(runs []run) {
 	for _, x := range runs {
 		q.add(x)
 	}
+}
+
+// addDurable is add for clusters whose un-linking is durable already.
+func (q *quarantine) addDurable(runs []run) {
+	q.mu.Lock()
+	defer q.mu.Unlock()
+	q.durable = append(q.durable, runs...)
+	q.n += countRuns(runs)
+}
+
+// takeDurable empties the quarantine of what needs no sync.
+func (q *quarantine) takeDurable() []run {
+	q.mu.Lock()
+	defer q.mu.Unlock()
+	runs := q.durable
+	q.n -= countRuns(runs)
+	q.durable = nil
+	return runs
 }
 
 // Flush makes every write, discard and resize that returned before it was called durable, and then gives the space of
@@ -74,17 +94,11 @@ func (img *Image) flush() (reclaimErr, err error) {
 	img.quarantine.emptying.RLock()
 	defer img.quarantine.emptying.RUnlock()
 	unlinked := img.quarantine.takeAll()
-	if img.external() {
-		if err := img.syncData(); err != nil {
-			img.quarantine.putBack(unlinked)
-			return nil, err
-		}
-	}
-	if err := img.sync(); err != nil {
+	if err := img.syncAll(); err != nil {
 		img.quarantine.putBack(unlinked)
 		return nil, err
 	}
-	if len(unlinked) > 0 {
+	if unlinked = append(unlinked, img.quarantine.takeDurable()...); len(unlinked) > 0 {
 		reclaimErr = img.reclaim(sortRuns(unlinked))
 	}
 	return errors.Join(reclaimErr, img.alloc.relax()), nil

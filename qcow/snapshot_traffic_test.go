@@ -260,7 +260,7 @@ func TestSnapshotTraffic(t *testing.T) {
 	if long() {
 		steps = 600
 	}
-	for _, o := range trafficShapes {
+	for i, o := range trafficShapes {
 		if o.RefcountBits < 8 {
 			o.RefcountBits = 8 // room for every snapshot
 		}
@@ -270,7 +270,11 @@ func TestSnapshotTraffic(t *testing.T) {
 				area := min(60*int64(o.ClusterSize), 400<<10)
 				o.Size = area + 100*sector
 				f := create(t, o)
-				img := open(t, restless(f), qcow.Options{CacheBytes: 1, ReserveBytes: 8 * int64(o.ClusterSize)})
+				options := qcow.Options{CacheBytes: 1, ReserveBytes: 8 * int64(o.ClusterSize)}
+				if (uint64(i)+seed)%2 == 0 {
+					options.Journal = newJournal(50)
+				}
+				img := open(t, restless(f), options)
 				k := &keeper{relay: newRelay(img, rng, slots, area), t: t, f: f, rng: rng, area: area, now: moment{slots: make([]uint64, slots)}}
 				stop := make(chan struct{})
 				var wg sync.WaitGroup

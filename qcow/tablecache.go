@@ -15,7 +15,7 @@ const maxSlice = 4096
 
 // tableCache keeps slices of L2 tables and refcount blocks in memory. Nobody sees anything in one that is not in the file: it is
 // locked from before it changes until the change is in the file as well, or undone. So an eviction loses nothing, and
-// what was acknowledged survives a kill.
+// what was acknowledged survives a kill. Entries that are held back (heldLinks) are the exception: their slices stay pinned.
 type tableCache struct {
 	file        storage.File
 	write       func(off format.HostOffset, old, b []byte) error // Image.overwrite
@@ -58,9 +58,14 @@ func newTableCache(img *Image, bytes int64, budget *CacheBudget) *tableCache {
 	return c
 }
 
+// sliceStart returns where the slice begins that holds off.
+func (c *tableCache) sliceStart(off format.HostOffset) format.HostOffset {
+	return off &^ format.HostOffset(c.sliceSize-1)
+}
+
 // pin returns the slice that holds off, reading it if need be. The caller unpins it.
 func (c *tableCache) pin(off format.HostOffset) (*tableSlice, error) {
-	start := off &^ format.HostOffset(c.sliceSize-1)
+	start := c.sliceStart(off)
 	c.mu.RLock()
 	s := c.slices[start]
 	if s != nil {

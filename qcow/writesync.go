@@ -55,7 +55,7 @@ func (img *Image) overwriteSync(p []byte, off int64) (n int, done bool, err erro
 		return 0, false, err
 	}
 	// Asked after the lookup: the change that made the mapping is counted by then.
-	if !img.tablesDurable.complete() {
+	if !img.tablesDurable.complete() || img.links.any() {
 		return 0, false, nil
 	}
 	if owned, err := img.ownedRun(&m); err != nil || owned < uint64(len(p)) {

@@ -21,6 +21,8 @@ const CompatLazyRefcounts = 1 << 0
 const (
 	AutoclearBitmaps     = 1 << 0 // the bitmaps extension is consistent with the data
 	AutoclearRawDataFile = 1 << 1 // the external data file is a raw image
+	// AutoclearHeldLinks is this engine's own: L2 entries are held back in a journal outside of the file, for the next program that opens it.
+	AutoclearHeldLinks = 1 << 63
 )
 
 const featureNameSize = 48 // an entry of the feature name table: type, bit, name padded with zeroes
