@@ -6,6 +6,7 @@ import (
 	"testing"
 
 	"github.com/qcow-csi/qcow-csi/qcow"
+	"github.com/qcow-csi/qcow-csi/qcow/storage"
 )
 
 // Reading and writing takes no memory, be it allocated or not. The race detector empties pools at random.
@@ -38,6 +39,24 @@ func TestRequestsTakeNoMemory(t *testing.T) {
 		}); n >= 1 {
 			t.Errorf("%s: %v allocations", name, n)
 		}
+	}
+	if err := img.Close(); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// A link that is held back takes no more memory than the buffer that the cluster is copied by, and a list of what the backing file has.
+func TestHeldLinksTakeLittleMemory(t *testing.T) {
+	f := files{"base": storage.NewMemoryFrom(repeated(1, 32<<20)), "top": create(t, qcow.CreateOptions{Size: 32 << 20, BackingFile: "base", BackingFormat: "raw"})}
+	img := open(t, f["top"], qcow.Options{Gate: f.gate, Journal: newJournal(2000)})
+	p, next := repeated(2, 4096), int64(0)
+	if n := testing.AllocsPerRun(200, func() {
+		if _, err := img.WriteAt(p, next); err != nil {
+			t.Error(err)
+		}
+		next += 64 << 10
+	}); n > 3 {
+		t.Errorf("%v allocations", n)
 	}
 	if err := img.Close(); err != nil {
 		t.Fatal(err)

@@ -1,10 +1,12 @@
 package qcow_test
 
 import (
+	"errors"
 	"fmt"
 	"maps"
 	"slices"
 	"testing"
+	"time"
 
 	"github.com/qcow-csi/qcow-csi/qcow"
 	"github.com/qcow-csi/qcow-csi/qcow/storage"
@@ -40,6 +42,92 @@ func TestCrashJournal(t *testing.T) {
 		}
 	}
 	t.Logf("%d states", total)
+}
+
+// TestCrashJournalSnapshots is TestCrashJournal with internal snapshots, which hold what writes replace: each of them is there or not, as a
+// whole, and never changes.
+func TestCrashJournalSnapshots(t *testing.T) {
+	require.Tool(t, "qemu-img")
+	seeds := uint64(2)
+	if long() {
+		seeds = 40
+	}
+	total := 0
+	for _, top := range []layer{{size: 24 << 10, cluster: 1024}, {size: 24 << 10, cluster: 512}, {kind: "extended", size: 64 << 10, cluster: 16 << 10}} {
+		for seed := range seeds {
+			t.Run(fmt.Sprintf("%s%d/seed=%d", top.kind, top.cluster, seed), func(t *testing.T) {
+				w := newChainCrash(t, seed, []layer{top}, []int{0}, qcow.Options{ReserveBytes: 8 * int64(top.cluster), Journal: newJournal(40)})
+				k := &keptStates{w: w}
+				w.also = k.verify
+				for i := range 3 {
+					k.create(fmt.Sprint("s", i))
+					if i > 1 {
+						k.remove()
+					}
+					for range 7 {
+						w.random()
+					}
+				}
+				w.do("close", w.img.Close)
+				total += w.run(crashOptions(seed), 200)
+			})
+		}
+	}
+	t.Logf("%d states", total)
+}
+
+// keptStates are the snapshots of a workload.
+type keptStates struct {
+	w    *chainCrash
+	list []keptState
+}
+
+type keptState struct {
+	name    string
+	content []byte
+	made    event
+	gone    *event
+}
+
+func (k *keptStates) create(name string) {
+	k.w.t.Helper()
+	s := keptState{name: name, content: diskOf(k.w.t, k.w.img)}
+	s.made = k.w.do("create "+name, func() error { _, err := k.w.img.CreateSnapshot(k.w.t.Context(), name, time.Unix(1, 0)); return err })
+	k.w.flushes = append(k.w.flushes, s.made)
+	k.list = append(k.list, s)
+}
+
+// remove deletes the oldest one.
+func (k *keptStates) remove() {
+	k.w.t.Helper()
+	for i := range k.list {
+		if s := &k.list[i]; s.gone == nil {
+			e := k.w.do("delete "+s.name, func() error { return k.w.img.DeleteSnapshot(k.w.t.Context(), s.name) })
+			s.gone = &e
+			return
+		}
+	}
+}
+
+func (k *keptStates) verify(state *storage.GroupCrashState, f files) error {
+	for _, s := range k.list {
+		img, err := qcow.Open(f[k.w.top], qcow.Options{ReadOnly: true, Snapshot: s.name})
+		mayLack := s.made.end > state.Issued || s.gone != nil && s.gone.start < state.Issued
+		if errors.Is(err, qcow.ErrNotFound) && mayLack {
+			continue
+		}
+		if err != nil {
+			return fmt.Errorf("snapshot %s: %w", s.name, err)
+		}
+		got := make([]byte, len(s.content))
+		if _, err := img.ReadAt(got, 0); err != nil {
+			return err
+		}
+		if i := firstDifference(got, s.content); i >= 0 {
+			return fmt.Errorf("snapshot %s: byte %d differs", s.name, i)
+		}
+	}
+	return nil
 }
 
 // The enumeration finds it when a process is killed and nobody has its journal.

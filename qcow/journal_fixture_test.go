@@ -46,7 +46,7 @@ func (j *memoryJournal) copied() *memoryJournal {
 // shared returns a new directory in memory that outlives a process.
 func shared(t testing.TB) string {
 	t.Helper()
-	dir, err := os.MkdirTemp("/dev/shm", "qcow-csi-test-")
+	dir, err := os.MkdirTemp("/dev/shm", "qcow-csi-test-") //nolint:usetesting // t.TempDir may be on a disk
 	if err != nil {
 		t.Skipf("no file system in memory: %v", err)
 	}

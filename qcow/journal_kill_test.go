@@ -143,7 +143,7 @@ func killVictim(t *testing.T, dir, memory string, want []uint64) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	cmd := exec.CommandContext(t.Context(), os.Args[0], "-test.run=^TestJournalVictim$") //nolint:gosec // it is this program
+	cmd := exec.CommandContext(t.Context(), os.Args[0], "-test.run=^TestJournalVictim$")
 	cmd.Env = append(os.Environ(), fmt.Sprintf("%s=%s%c%s", victimDirs, dir, filepath.ListSeparator, memory))
 	cmd.ExtraFiles = []*os.File{w}
 	if err := cmd.Start(); err != nil {

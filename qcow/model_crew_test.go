@@ -187,10 +187,14 @@ func (c *crew) settle() uint64 {
 	return c.clock.Add(1)
 }
 
-// read returns the disk, or the one in a snapshot, from an image file as it is at this moment, up to the end of the area at least.
+// read returns the disk, or the one in a snapshot, from an image file as it is at this moment, up to the end of the area at least. With the disk
+// of the image itself, for which nobody works then, goes what is in the journal.
 func (c *crew) read(name, snapshot string) ([]byte, error) {
 	o := c.options()
 	o.ReadOnly, o.Snapshot = true, snapshot
+	if name == modelImage && snapshot == "" && c.journal != nil {
+		o.ReadOnly, o.Journal = false, c.journal.copied()
+	}
 	img, err := qcow.Open(storage.NewMemoryFrom(c.files[name].(*storage.Memory).Bytes()), o)
 	if err != nil {
 		return nil, err

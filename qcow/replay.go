@@ -133,7 +133,7 @@ func (img *Image) fits(r *restoration) (bool, error) {
 	s.mu.RUnlock()
 	s.unpin()
 	last := r.last()
-	if err := img.checkEntry(last, r.at); err != nil || !r.passed() || last.L2Entry != format.NewL2Entry(last.Offset(), true) {
+	if valid := img.checkEntry(last, r.at) == nil; !valid || !r.passed() || last.L2Entry != format.NewL2Entry(last.Offset(), true) {
 		return false, nil
 	}
 	if img.external() {
