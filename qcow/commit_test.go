@@ -377,7 +377,7 @@ func readChain(f files, name string, raw bool) ([]byte, error) {
 // TestCrashCommit enumerates what a crash leaves of a commit: no byte of the disk is lost, and both files are valid.
 func TestCrashCommit(t *testing.T) {
 	require.Tool(t, "qemu-img")
-	seeds := uint64(3)
+	seeds := uint64(4)
 	if long() {
 		seeds = 40
 	}

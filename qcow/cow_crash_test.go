@@ -41,7 +41,7 @@ type chainCrash struct {
 }
 
 // newChainCrash makes a chain, the files of which that are named in changing are recorded, and opens its last image. With an odd seed the
-// order of operations is the same each time; with an even one the reserve is filled in the background, whenever that happens.
+// order of operations is the same each time; with an even one the reserve is filled in the background, whenever that happens. With 2 and 3 of every four seeds there is a journal.
 func newChainCrash(t *testing.T, seed uint64, layers []layer, changing []int, o qcow.Options) *chainCrash {
 	t.Helper()
 	w := &chainCrash{t: t, rng: rand.New(rand.NewPCG(seed, 2)), still: files{}, live: files{}, kinds: map[string]string{}}
@@ -70,6 +70,9 @@ func newChainCrash(t *testing.T, seed uint64, layers []layer, changing []int, o 
 	o.Gate = w.live.gate
 	if seed%2 == 1 {
 		o = qcow.FilledByTakers(o)
+	}
+	if seed%4 >= 2 && o.Journal == nil {
+		o.Journal = newJournal(100)
 	}
 	if o.Journal != nil {
 		w.addJournal(&o)
@@ -381,7 +384,7 @@ var cowShapes = map[string]struct {
 // keeps the backing file's content in every state.
 func TestCrashOverBacking(t *testing.T) {
 	require.Tool(t, "qemu-img")
-	seeds := uint64(3)
+	seeds := uint64(4)
 	if long() {
 		seeds = 40
 	}

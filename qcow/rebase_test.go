@@ -315,7 +315,7 @@ func rebaseCrash(t *testing.T, seed uint64, name string) *chainCrash {
 // TestCrashRebase enumerates what a crash leaves of a rebase: the same content on the old chain or the new one.
 func TestCrashRebase(t *testing.T) {
 	require.Tool(t, "qemu-img")
-	seeds := uint64(2)
+	seeds := uint64(4)
 	if long() {
 		seeds = 40
 	}
