@@ -33,8 +33,11 @@ func TestCrashJournal(t *testing.T) {
 				w := newChainCrash(t, seed, x.layers, []int{len(x.layers) - 1}, qcow.Options{
 					ReserveBytes: x.reserve * int64(x.layers[len(x.layers)-1].cluster), Journal: newJournal(links),
 				})
-				for range x.steps {
+				for i := range x.steps {
 					w.random()
+					if i%4 == 0 {
+						w.writeSync()
+					}
 				}
 				w.do("close", w.img.Close)
 				total += w.run(crashOptions(seed), 50)
@@ -42,6 +45,21 @@ func TestCrashJournal(t *testing.T) {
 		}
 	}
 	t.Logf("%d states", total)
+}
+
+// writeSync writes a sector durably, not far behind one that was written before.
+func (w *chainCrash) writeSync() {
+	w.t.Helper()
+	w.write(w.rng.Int64N(w.img.Size()/w.cluster)*w.cluster, sector)
+	off := w.rng.Int64N(w.img.Size()/sector) * sector
+	w.serial++
+	value := w.serial
+	e := w.do(fmt.Sprintf("write durably %d+%d", off, sector), func() error {
+		_, err := w.img.WriteSync(sectorsOf(value, sector), off)
+		return err
+	})
+	e.durable = true
+	w.note(e, off, sector, value)
 }
 
 // TestCrashJournalSnapshots is TestCrashJournal with internal snapshots, which hold what writes replace: each of them is there or not, as a

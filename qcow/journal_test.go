@@ -115,6 +115,47 @@ func TestJournalRestores(t *testing.T) {
 	}
 }
 
+// Whatever makes things durable, or changes what the file means without its links, settles them before: the file alone has everything then.
+func TestHeldLinksAreSettled(t *testing.T) {
+	for what, do := range map[string]func(img *qcow.Image, f files) error{
+		"flush":  func(img *qcow.Image, _ files) error { return img.Flush() },
+		"shrink": func(img *qcow.Image, _ files) error { return img.Resize(t.Context(), 100<<10) },
+		"grow":   func(img *qcow.Image, _ files) error { return img.Resize(t.Context(), 300<<10) },
+		"stream": func(img *qcow.Image, _ files) error { return img.Stream(t.Context(), qcow.StreamOptions{}) },
+		"durable write": func(img *qcow.Image, _ files) error {
+			_, err := img.WriteSync(repeated(0x99, 512), heldCluster+1024)
+			return err
+		},
+		"snapshot": func(img *qcow.Image, _ files) error {
+			_, err := img.CreateSnapshot(t.Context(), "s", time.Unix(1, 0))
+			return err
+		},
+		"rebase": func(img *qcow.Image, f files) error {
+			return img.Rebase(t.Context(), qcow.RebaseOptions{BackingFile: "other", BackingFormat: "raw", Gate: f.gate})
+		},
+	} {
+		t.Run(what, func(t *testing.T) {
+			img, f, _ := heldImage(t, qcow.CreateOptions{}, newJournal(100), 0)
+			f["other"] = storage.NewMemoryFrom(repeated(0x66, 256<<10))
+			writeAt(t, img, repeated(1, 512), 50*heldCluster)
+			if err := img.Flush(); err != nil { // every table is durable
+				t.Fatal(err)
+			}
+			for i := range int64(8) {
+				writeAt(t, img, repeated(byte(i+2), 512), i*heldCluster)
+			}
+			if err := do(img, f); err != nil {
+				t.Fatal(err)
+			}
+			left := open(t, storage.NewMemoryFrom(memoryOf(f).Bytes()), qcow.Options{Gate: f.gate})
+			expect(t, what, diskOf(t, left), diskOf(t, img))
+			if err := errors.Join(left.Close(), img.Close()); err != nil {
+				t.Fatal(err)
+			}
+		})
+	}
+}
+
 // Version 2 has no bit to say that there is a journal: it is not used.
 func TestJournalOfVersion2(t *testing.T) {
 	j := newJournal(100)
