@@ -11,7 +11,7 @@
 // # What a crash leaves
 //
 // A request that was acknowledged is in the file: guest data and tables are written through, nothing dirty is held in
-// memory. So a killed process loses nothing. A power loss may lose what was not flushed, sector by sector, and
+// memory, but for links that are in the journal too, if there is one. So a killed process loses nothing. A power loss may lose what was not flushed, sector by sector, and
 // nothing else; the tables it leaves are valid, and at worst some clusters are allocated that no table mentions. How:
 //
 //   - New clusters come from a reserve (allocator). For those in it, the refcount of 1 and the zeroes they hold are durable already.
@@ -19,7 +19,9 @@
 //     another guest cluster held before. One sync fills the reserve, with few clusters for who needs few and with up to
 //     256 MiB for who needs many; it runs in the background while half of the reserve is left.
 //   - Where the guest reads something else than zeroes before a write, the new cluster gets that too, in the same write, and a
-//     sync comes before the link (writeNew).
+//     sync comes before the link (remap). With a journal the link is held back instead, in memory and in the journal, until a flush has made the
+//     data durable (heldLinks). After a kill [Open] takes it from the journal; after a power loss there is none, and the guest
+//     sees what was there before.
 //   - A cluster that is unlinked stays in quarantine with its refcount and its content. The next
 //     Flush makes the un-linking durable, waits until no request is under way that may have looked the cluster up before
 //     (epochs), and lowers its refcount; one that nobody else refers to is punched first. Then it is free.
@@ -42,7 +44,7 @@
 // a whole (maintain) run one at a time; those under a shadow hold requests that change something up (freeze).
 //
 // Lock order, each taken before the ones after it: Image.maintenance, Image.maintaining, the freeze, recording.mu, claims, packing.mu,
-// Image.newTable, allocator.mu, Image.headerMu, tableSlice.mu; and these, under which nothing else is locked: bitmaps.mu, tableCache.mu,
+// Image.newTable, allocator.mu, Image.headerMu, tableSlice.mu, heldLinks.mu; and these, under which nothing else is locked: bitmaps.mu, tableCache.mu,
 // Image.l1mu, metadataMap.mu, quarantine.mu, groupSync.mu, CacheBudget.mu. A fill of the reserve syncs under none of these, but who waits for it may hold all before
 // allocator.mu. Inside an epoch nothing waits for epochs: Flush, Resize, Close and the like run outside.
 package qcow

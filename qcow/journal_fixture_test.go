@@ -24,7 +24,7 @@ func (j *memoryJournal) Load() []byte {
 		panic(err)
 	}
 	b := make([]byte, n)
-	if _, err := j.f.ReadAt(b, 0); err != nil {
+	if k, err := j.f.ReadAt(b, 0); k < len(b) {
 		panic(err)
 	}
 	return b

@@ -430,7 +430,7 @@ func FuzzJournal(f *testing.F) {
 		b = bytes.Clone(b)
 		qcow.SealJournal(b)
 		mem := storage.NewMemoryFrom(bytes.Clone(left))
-		img, err := qcow.Open(mem, qcow.Options{Gate: all.gate, Journal: &memoryJournal{storage.NewMemoryFrom(b)}})
+		img, err := qcow.Open(mem, qcow.FilledByTakers(qcow.Options{Gate: all.gate, Journal: &memoryJournal{storage.NewMemoryFrom(b)}}))
 		if err == nil {
 			writeAt(t, img, repeated(7, 512), 2048)
 			err = img.Close()
