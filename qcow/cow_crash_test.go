@@ -245,6 +245,14 @@ func (w *chainCrash) verify(s *storage.GroupCrashState) error {
 	}
 	o := qcow.Options{Gate: f.gate, ReserveBytes: 4 * w.cluster}
 	if s.Kind == storage.Kill && f[journalName] != nil {
+		if w.rng.IntN(3) == 0 {
+			again, err := w.killedAgain(f)
+			if err != nil {
+				return fmt.Errorf("open: %w", err)
+			}
+			f = again
+			o.Gate = f.gate
+		}
 		o.Journal = &memoryJournal{f[journalName]}
 	}
 	if w.also != nil {

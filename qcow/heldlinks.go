@@ -55,20 +55,21 @@ type heldSlice struct {
 // minJournal is how long a journal has to be, in bytes: 16 links in each bank.
 const minJournal = journalBanks * 17 * journalRecord
 
-// newHeldLinks voids what is in the journal. Generations begin with next.
-func newHeldLinks(img *Image, j Journal, size int, next uint64) *heldLinks {
+// newHeldLinks voids what is in the journal, the older bank first: what a kill leaves then leads to what the image has. Generations begin with
+// next.
+func newHeldLinks(img *Image, j Journal, size, older int, next uint64) *heldLinks {
 	l := &heldLinks{
-		img: img, journal: j, settling: newGroupSync(), next: max(next, 1+rand.Uint64N(1<<62)), capacity: bankBytes(size)/journalRecord - 1,
+		img: img, journal: j, settling: newGroupSync(), next: max(next, 1+rand.Uint64N(1<<62)), capacity: bankBytes(size)/journalRecord - 1, active: older,
 		entries: map[format.HostOffset]int{}, slices: map[format.HostOffset]*heldSlice{},
 	}
-	for i := range l.banks {
+	for _, i := range [...]int{older, 1 - older} {
 		l.banks[i].at = i * bankBytes(size)
 		l.void(&l.banks[i])
 	}
 	return l
 }
 
-// void makes the records of a bank void. The bank with the youngest generation is that which becomes active next.
+// void makes the records of a bank void. It has the greatest generation then, and becomes active after the other one.
 func (l *heldLinks) void(b *bank) {
 	b.generation = l.next
 	l.next++

@@ -59,8 +59,8 @@ func sealOf(body []byte, generation uint64) uint64 {
 	return uint64(crc32.Checksum(body, castagnoli))<<32 | generation&0xffffffff
 }
 
-// decodeJournal returns the links of a journal, oldest first, and a generation that is greater than all in it.
-func decodeJournal(b []byte) (links []heldLink, next uint64) {
+// decodeJournal returns the links of a journal, oldest first, which bank is the older one, and a generation that is greater than all in it.
+func decodeJournal(b []byte) (links []heldLink, older int, next uint64) {
 	var banks [journalBanks][]byte
 	var generations [journalBanks]uint64
 	for i := range banks {
@@ -68,14 +68,13 @@ func decodeJournal(b []byte) (links []heldLink, next uint64) {
 		generations[i] = binary.LittleEndian.Uint64(banks[i])
 		next = max(next, generations[i]+1)
 	}
-	older := 0
 	if generations[1] < generations[0] {
 		older = 1
 	}
 	for _, i := range [...]int{older, 1 - older} {
 		links = appendRecords(links, banks[i][journalRecord:], generations[i])
 	}
-	return links, next
+	return links, older, next
 }
 
 func appendRecords(links []heldLink, b []byte, generation uint64) []heldLink {

@@ -2,6 +2,7 @@ package qcow_test
 
 import (
 	"iter"
+	"maps"
 	"os"
 	"slices"
 	"testing"
@@ -97,6 +98,31 @@ func (w *chainCrash) crashStates(ops []storage.Op, o storage.CrashOptions) iter.
 			}
 		}
 	}
+}
+
+// killedAgain returns the files, of which one is an image and one its journal, as they are when the process that opens them after a kill is killed
+// as well, on some point of its way.
+func (w *chainCrash) killedAgain(f files) (files, error) {
+	var group storage.RecorderGroup
+	initial := [][]byte{contentOf(w.t, f[w.top]), contentOf(w.t, f[journalName])}
+	opening := maps.Clone(f)
+	opening[w.top], opening[journalName] = group.Record(f[w.top]), group.Record(f[journalName])
+	if _, err := qcow.Open(opening[w.top], qcow.Options{Gate: opening.gate, Journal: &memoryJournal{opening[journalName]}}); err != nil {
+		return nil, err
+	}
+	var left []storage.GroupCrashState
+	for s := range storage.GroupCrashStates(initial, group.Ops(), storage.CrashOptions{}) {
+		if s.Kind != storage.Kill {
+			break
+		}
+		left = append(left, s)
+	}
+	if len(left) > 0 {
+		s := left[w.rng.IntN(len(left))]
+		opening[w.top], opening[journalName] = storage.NewMemoryFrom(s.Contents[0]), storage.NewMemoryFrom(s.Contents[1])
+		return opening, nil
+	}
+	return f, nil
 }
 
 // killed opens an image as a killed process left it, file and journal, which may go on changing.

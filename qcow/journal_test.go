@@ -156,6 +156,53 @@ func TestHeldLinksAreSettled(t *testing.T) {
 	}
 }
 
+// A process that is killed while it restores leaves what the next one restores, also of an entry that both banks speak of.
+func TestJournalKilledWhileRestoring(t *testing.T) {
+	for _, younger := range []int{0, 1} {
+		const cluster = 16 << 10
+		j := newJournal(20)
+		img, f, _ := heldImage(t, qcow.CreateOptions{ClusterSize: cluster, ExtendedL2: true}, j, 3)
+		for i := range int64(3) { // another subcluster of each
+			writeAt(t, img, repeated(byte(i+11), 512), i*cluster+8192)
+		}
+		want := diskOf(t, img)
+		b := j.Load()
+		banks := [2][]byte{b[:len(b)/2], b[len(b)/2:]}
+		clear(banks[1])
+		copy(banks[1][journalRecord:], banks[0][4*journalRecord:7*journalRecord])
+		clear(banks[0][4*journalRecord:])
+		binary.LittleEndian.PutUint64(banks[0], 7)
+		binary.LittleEndian.PutUint64(banks[1], 8)
+		if younger == 0 {
+			b = slices.Concat(banks[1], banks[0])
+		}
+		qcow.SealJournal(b)
+		var group storage.RecorderGroup
+		initial := [][]byte{memoryOf(f).Bytes(), b}
+		rec := group.Record(storage.NewMemoryFrom(bytes.Clone(initial[0])))
+		again := open(t, rec, qcow.Options{Gate: f.gate, Journal: &memoryJournal{group.Record(storage.NewMemoryFrom(bytes.Clone(b)))}})
+		if r := again.Restored(); r != (qcow.Restored{Clusters: 3}) {
+			t.Fatalf("%+v", r)
+		}
+		for s := range storage.GroupCrashStates(initial, group.Ops(), storage.CrashOptions{}) {
+			if s.Kind != storage.Kill {
+				break
+			}
+			last := open(t, storage.NewMemoryFrom(s.Contents[0]), qcow.Options{Gate: f.gate, Journal: &memoryJournal{storage.NewMemoryFrom(s.Contents[1])}})
+			if r := last.Restored(); r.Lost > 0 {
+				t.Errorf("younger bank %d, %s: %+v", younger, s.Name, r)
+			}
+			expectAt(t, last, want, 0)
+			if err := last.Close(); err != nil {
+				t.Fatal(err)
+			}
+		}
+		if err := errors.Join(again.Close(), img.Close()); err != nil {
+			t.Fatal(err)
+		}
+	}
+}
+
 // Version 2 has no bit to say that there is a journal: it is not used.
 func TestJournalOfVersion2(t *testing.T) {
 	j := newJournal(100)

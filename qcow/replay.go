@@ -41,7 +41,7 @@ func (img *Image) takeJournal(j Journal) error {
 	if len(b) < minJournal {
 		return format.Invalidf("a journal of %d bytes, which has to have %d", len(b), minJournal)
 	}
-	links, next := decodeJournal(b)
+	links, older, next := decodeJournal(b)
 	list := restorations(links)
 	sound := 0
 	if img.header.Autoclear&format.AutoclearHeldLinks != 0 {
@@ -55,7 +55,7 @@ func (img *Image) takeJournal(j Journal) error {
 		sound = len(fitting)
 	}
 	img.restored = Restored{Clusters: sound, Lost: len(list) - sound}
-	if held := newHeldLinks(img, j, len(b), next); img.version >= 3 { // before, the header has no place for the bit
+	if held := newHeldLinks(img, j, len(b), older, next); img.version >= 3 { // before, the header has no place for the bit
 		img.links = held
 	}
 	return nil
