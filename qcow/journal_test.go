@@ -16,6 +16,7 @@ import (
 	"github.com/qcow-csi/qcow-csi/qcow"
 	"github.com/qcow-csi/qcow-csi/qcow/check"
 	"github.com/qcow-csi/qcow-csi/qcow/format"
+	"github.com/qcow-csi/qcow-csi/qcow/repair"
 	"github.com/qcow-csi/qcow-csi/qcow/storage"
 	"github.com/qcow-csi/qcow-csi/test/require"
 )
@@ -273,23 +274,44 @@ func TestJournalAndQEMU(t *testing.T) {
 	}
 }
 
-// So does this engine, where it is given no journal.
+// So does this engine, where it is given no journal, and what repairs or changes images without it.
 func TestJournalOfAnotherWriter(t *testing.T) {
-	j := newJournal(100)
-	img, f, _ := heldImage(t, qcow.CreateOptions{}, j, 8)
-	left := storage.NewMemoryFrom(bytes.Clone(memoryOf(f).Bytes()))
-	between := open(t, left, qcow.Options{Gate: f.gate})
-	expectAt(t, between, repeated(0x55, 256<<10), 0)
-	if err := between.Close(); err != nil {
-		t.Fatal(err)
-	}
-	again, _ := killed(t, left, j, qcow.Options{Gate: f.gate})
-	if r := again.Restored(); r != (qcow.Restored{Lost: 8}) {
-		t.Errorf("%+v", r)
-	}
-	expectAt(t, again, repeated(0x55, 256<<10), 0)
-	if err := errors.Join(again.Close(), img.Close()); err != nil {
-		t.Fatal(err)
+	for what, do := range map[string]func(left *storage.Memory, f files) error{
+		"open": func(left *storage.Memory, f files) error {
+			img := open(t, left, qcow.Options{Gate: f.gate})
+			expectAt(t, img, repeated(0x55, 256<<10), 0)
+			return img.Close()
+		},
+		"repair": func(left *storage.Memory, _ files) error {
+			_, err := repair.Run(t.Context(), left, repair.Options{Mode: repair.All})
+			return err
+		},
+		"repair leaks": func(left *storage.Memory, _ files) error {
+			_, err := repair.Run(t.Context(), left, repair.Options{Mode: repair.Leaks})
+			return err
+		},
+		"rebase": func(left *storage.Memory, _ files) error { return qcow.RebaseUnsafe(left, "base", "raw") },
+	} {
+		t.Run(what, func(t *testing.T) {
+			j := newJournal(100)
+			img, f, _ := heldImage(t, qcow.CreateOptions{}, j, 8)
+			left := storage.NewMemoryFrom(bytes.Clone(memoryOf(f).Bytes()))
+			if err := do(left, f); err != nil {
+				t.Fatal(err)
+			}
+			again, left := killed(t, left, j, qcow.Options{Gate: f.gate})
+			if r := again.Restored(); r != (qcow.Restored{Lost: 8}) {
+				t.Errorf("%+v", r)
+			}
+			expectAt(t, again, repeated(0x55, 256<<10), 0)
+			if err := errors.Join(again.Close(), img.Close()); err != nil {
+				t.Fatal(err)
+			}
+			report, err := check.Check(t.Context(), left, check.Options{})
+			if err != nil || report.Corruptions > 0 {
+				t.Errorf("%v, %v", report, err)
+			}
+		})
 	}
 }
 

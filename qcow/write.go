@@ -4,7 +4,8 @@ import (
 	"github.com/qcow-csi/qcow-csi/qcow/format"
 )
 
-// WriteAt writes p to the virtual disk at off. Once it has returned nil the data is in the file and outlives the process;
+// WriteAt writes p to the virtual disk at off. Once it has returned nil the data is in the file and outlives the process, where it needed a new
+// place together with [Options].Journal, if there is one;
 // Flush makes it outlive the machine. A write that reaches past the end of the disk is ErrInvalid and writes nothing; so does one to an
 // encrypted image that is not whole sectors. After another error some of the bytes before n+1 may be written, those behind are not
 // mapped anew.
