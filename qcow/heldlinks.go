@@ -77,6 +77,14 @@ func (l *heldLinks) void(b *bank) {
 	b.links, b.replaced = b.links[:0], nil
 }
 
+// leave ends the use of the journal, when no request is under way any more. Links that could not be settled stay in it.
+func (l *heldLinks) leave() {
+	l.background.Wait()
+	for _, held := range l.slices {
+		held.slice.unpin()
+	}
+}
+
 // any reports whether something is held back.
 func (l *heldLinks) any() bool { return l != nil && l.n.Load() > 0 }
 

@@ -84,7 +84,7 @@ func (img *Image) Close() error {
 	err := img.settle()
 	img.alloc.finishFill()
 	if img.links != nil {
-		img.links.background.Wait()
+		img.links.leave()
 	}
 	if img.journal != nil {
 		err = errors.Join(err, img.journal.Close())

@@ -475,6 +475,32 @@ func TestFaultJournalReplay(t *testing.T) {
 	}
 }
 
+// An image that can't settle its links, since a sync fails, gives its memory back all the same, and leaves the links in the journal.
+func TestJournalOfPoisonedImage(t *testing.T) {
+	j, budget := newJournal(100), qcow.NewCacheBudget(1<<20)
+	f := files{"base": storage.NewMemoryFrom(repeated(0x55, 256<<10)), "top": create(t, qcow.CreateOptions{Size: 256 << 10, BackingFile: "base", BackingFormat: "raw"})}
+	h := &hooked{File: f["top"]}
+	img := open(t, h, qcow.FilledByTakers(qcow.Options{Gate: f.gate, Journal: j, Budget: budget}))
+	writeAt(t, img, repeated(1, 512), 0)
+	h.set(func() { h.beforeSync = func() error { return syscall.EIO } })
+	expectClass(t, "flush", img.Flush(), syscall.EIO)
+	expectAt(t, img, repeated(1, 512), 0)
+	_, err := img.WriteAt(repeated(2, 512), 100<<10)
+	expectClass(t, "write", err, syscall.EIO)
+	expectClass(t, "close", img.Close(), syscall.EIO)
+	if n := budget.Used(); n != 0 {
+		t.Errorf("%d bytes are in use", n)
+	}
+	again, _ := killed(t, memoryOf(f), j, qcow.Options{Gate: f.gate})
+	if r := again.Restored(); r != (qcow.Restored{Clusters: 1}) {
+		t.Errorf("%+v", r)
+	}
+	expectAt(t, again, repeated(1, 512), 0)
+	if err := again.Close(); err != nil {
+		t.Fatal(err)
+	}
+}
+
 // FuzzJournal opens a sound image of a killed process with any journal, which has valid seals: the image stays as sound as it was.
 func FuzzJournal(f *testing.F) {
 	j := newJournal(20)
