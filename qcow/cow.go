@@ -102,14 +102,15 @@ func (w *remap) store() error {
 	if err != nil {
 		return err
 	}
-	if err := w.place(); err != nil {
+	clean, err := w.place(fresh)
+	if err != nil {
 		return err
 	}
 	kept, err := w.extend()
 	if err != nil {
 		return err
 	}
-	if w.durable = fresh && !kept; w.durable {
+	if w.durable = fresh && !kept && clean; fresh && !kept {
 		_, err = img.data.WriteAt(w.p, w.host())
 		return err
 	}
@@ -176,29 +177,33 @@ func (w *remap) cutToFresh() (bool, error) {
 	return true, nil
 }
 
-// place finds a place for the clusters, and cuts p to those that have one. New ones are durably zeroes unless the data file is external: there
-// the place is given.
-func (w *remap) place() error {
+// place finds a place for the clusters, and cuts p to those that have one. New ones are zeroes unless the data file is external: there the place
+// is given. Whether they are clean (reserve) matters where the guest reads zeroes so far.
+func (w *remap) place(fresh bool) (clean bool, err error) {
 	img, g := w.img, w.img.geometry
 	if w.stays {
 		w.first = g.ClusterOf(w.m.host)
-		return nil
+		return true, nil
 	}
 	x := run{format.Cluster(uint64(w.off) >> g.ClusterBits), w.clusters()}
-	if !img.external() {
-		var err error
-		if x, err = img.alloc.take(x.n); err != nil {
-			return err
+	if clean = true; !img.external() {
+		if img.links == nil {
+			x, err = img.alloc.take(x.n)
+		} else {
+			x, clean, err = img.alloc.takeSoon(x.n, fresh)
+		}
+		if err != nil {
+			return false, err
 		}
 		if err := img.mustBeData(g.OffsetOf(x.first), x.n<<g.ClusterBits); err != nil {
 			img.alloc.giveBack(x)
-			return err
+			return false, err
 		}
 		w.placed = true
 	}
 	w.first = x.first
 	w.p = w.p[:min(uint64(len(w.p)), x.n<<g.ClusterBits-g.InCluster(w.off))]
-	return nil
+	return clean, nil
 }
 
 // host returns where p goes.

@@ -12,6 +12,8 @@ import (
 const (
 	// firstReserve is how many clusters the reserve of a new user is filled up to, if it may hold so many.
 	firstReserve = 16
+	// blankReserve is how many clusters are made blank together.
+	blankReserve = 64
 	// calm is how long less than half of the reserve has to last for it to be too large.
 	calm = 30 * time.Second
 )
@@ -26,7 +28,8 @@ const (
 // whose sync run without the allocator's lock; the clusters it has claimed are in use meanwhile, for everybody who counts.
 type reserve struct {
 	clean   []run  // ascending
-	stained []run  // like the clean ones, but their content is undefined
+	blank   []run  // like the clean ones, but nothing of it is durable
+	stained []run  // like the blank ones, but their content is undefined
 	n       uint64 // clean clusters
 	target  uint64 // clusters to fill up to; 0 before the first fill
 	most    uint64 // target is not made larger
@@ -81,6 +84,58 @@ func (a *allocator) takeBelow(n uint64, limit format.Cluster) (run, error) {
 		go a.refill(limit)
 	}
 	return x, nil
+}
+
+// takeSoon is take for a link that can be held back, and then need not wait for a sync: where wantClean is false, or the reserve has none, the
+// clusters are blank, and clean is false.
+func (a *allocator) takeSoon(n uint64, wantClean bool) (x run, clean bool, err error) {
+	a.mu.Lock()
+	r := &a.reserve
+	if wantClean && r.n == 0 {
+		r.wanted = true
+		if !r.filling && !r.futile && !r.byTakers {
+			r.filling = true
+			go a.refill(format.Cluster(format.MaxHostOffset))
+		}
+	}
+	if wantClean && r.n > 0 || len(r.blank) == 0 && !a.addBlank(max(n, blankReserve)) {
+		a.mu.Unlock()
+		x, err = a.take(n)
+		return x, true, err
+	}
+	defer a.mu.Unlock()
+	head := &r.blank[0]
+	x = run{head.first, min(n, head.n)}
+	head.first, head.n = x.end(), head.n-x.n
+	if head.n == 0 {
+		r.blank = r.blank[1:]
+	}
+	return x, false, nil
+}
+
+// addBlank claims free clusters and makes them blank, n if there are so many. It releases the allocator's lock meanwhile. It is false where no
+// cluster is blank then.
+func (a *allocator) addBlank(n uint64) bool {
+	r, g := &a.reserve, a.img.geometry
+	before := len(r.stained)
+	if err := a.claimFree(n, format.Cluster(format.MaxHostOffset)); err != nil && len(r.stained) == before {
+		return false // whoever waits for clean clusters meets the error
+	}
+	claimed := sortRuns(slices.Clone(r.stained[before:]))
+	r.stained = r.stained[:before]
+	a.mu.Unlock()
+	var punched []run
+	for len(claimed) > 0 {
+		x := claimed[0]
+		if a.img.file.PunchHole(int64(g.OffsetOf(x.first)), int64(x.n<<g.ClusterBits)) != nil {
+			break
+		}
+		punched, claimed = append(punched, x), claimed[1:]
+	}
+	a.mu.Lock()
+	r.stained = append(r.stained, claimed...)
+	r.blank = sortRuns(append(r.blank, punched...))
+	return len(r.blank) > 0
 }
 
 // giveBack returns clusters that were taken, perhaps written, but certainly never linked.
@@ -201,8 +256,8 @@ func (a *allocator) trim() error {
 			return err
 		}
 	}
-	runs := slices.Concat(r.clean, r.stained)
-	r.clean, r.stained, r.n = nil, nil, 0
+	runs := slices.Concat(r.clean, r.blank, r.stained)
+	r.clean, r.blank, r.stained, r.n = nil, nil, nil, 0
 	return a.dissolve(runs)
 }
 
