@@ -37,7 +37,7 @@ func (a *allocator) claimFree(want uint64, limit format.Cluster) error {
 		if uint64(x.end())<<g.ClusterBits > uint64(format.MaxHostOffset) {
 			return fmt.Errorf("%w: the image file has reached the limit of its format", ErrNoSpace)
 		}
-		if total > 0 && a.counts.block(x.first) == 0 {
+		if total+a.reserve.n > 0 && a.counts.block(x.first) == 0 {
 			return nil // a refcount block for nothing but the reserve would keep the file from being cut off
 		}
 		used, err := a.counts.cover(x.first)

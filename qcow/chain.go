@@ -119,6 +119,56 @@ func (b *backing) readAt(p []byte, off int64) error {
 	return nil
 }
 
+// worthSeeking is how many bytes of a raw backing file are worth asking the file system whether they are a hole.
+const worthSeeking = 64 << 10
+
+// readExtent is Image.ReadExtent for the bytes at off, which may lie behind the end of b.
+func (b *backing) readExtent(p []byte, off int64) (n int, zero bool, err error) {
+	inside := min(int64(len(p)), max(b.size()-off, 0))
+	switch {
+	case inside == 0:
+		return len(p), true, nil
+	case b.img != nil:
+		n, zero, err = b.img.ReadExtent(p[:inside], off)
+	default:
+		n, zero, err = b.readRawExtent(p[:inside], off)
+	}
+	if err != nil {
+		return 0, false, fmt.Errorf("backing file %q: %w", b.name, err)
+	}
+	return n, zero, nil
+}
+
+func (b *backing) readRawExtent(p []byte, off int64) (n int, zero bool, err error) {
+	if len(p) >= worthSeeking {
+		list, err := b.collectRaw(make([]Extent, 0, 1), off, int64(len(p)), 0)
+		if err != nil {
+			return 0, false, err
+		}
+		if p = p[:list[0].Length]; !list[0].stored() {
+			return len(p), true, nil
+		}
+	}
+	return len(p), false, readPadded(b.raw, p, format.HostOffset(off))
+}
+
+// splice is Image.Splice for the bytes at off, which may lie behind the end of b.
+func (b *backing) splice(pipe int, off int64, n int) (moved int, err error) {
+	inside := int(min(int64(n), max(b.size()-off, 0)))
+	switch {
+	case inside == 0:
+		return 0, nil
+	case b.img != nil:
+		moved, err = b.img.Splice(pipe, off, inside)
+	default:
+		moved, err = b.raw.Splice(pipe, off, inside)
+	}
+	if err != nil {
+		err = fmt.Errorf("backing file %q: %w", b.name, err)
+	}
+	return moved, err
+}
+
 // zeroRun returns how many bytes at off, at least 1 and at most n, are alike in that they read as zeroes, or may not, as far as the tables tell:
 // it does not look at data.
 func (b *backing) zeroRun(off, n int64) (length int64, zero bool, err error) {

@@ -48,6 +48,11 @@ func (img *Image) Commit(ctx context.Context, o CommitOptions) error {
 	if !o.Empty || !img.everAllocated() {
 		return nil
 	}
+	resume, err := img.stopSplices(ctx)
+	if err != nil {
+		return err
+	}
+	defer resume()
 	return img.empty()
 }
 

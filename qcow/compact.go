@@ -23,13 +23,18 @@ type Compacted struct {
 // image wait while tables are exchanged at the end. A crash leaves every cluster in its old place or its new one. Compressed
 // clusters, bitmaps and the encryption header stay where they are. progress, unless nil, is told how many bytes of how many are done.
 //
-// When ctx is done Compact returns its error; what has been moved stays where it is then, and the file is as short as that allows.
+// ErrBusy: a reader of what was spliced has not read it (WatchSplices). When ctx is done Compact returns its error; what has been moved stays where it is then, and the file is as short as that allows.
 func (img *Image) Compact(ctx context.Context, progress func(done, total int64)) (Compacted, error) {
 	end, err := img.maintain(ctx)
 	if err != nil {
 		return Compacted{}, err
 	}
 	defer end()
+	resume, err := img.stopSplices(ctx)
+	if err != nil {
+		return Compacted{}, err
+	}
+	defer resume()
 	if progress == nil {
 		progress = func(int64, int64) {}
 	}

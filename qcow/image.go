@@ -38,6 +38,7 @@ type Image struct {
 
 	epochs     *epochs
 	freezer    freezer
+	splices    splices
 	claims     claims
 	moving     ranges // guest clusters that are written under a claim only
 	syncs      *groupSync

@@ -32,6 +32,29 @@ func (img *Image) ReadAt(p []byte, off int64) (int, error) {
 	return n, short
 }
 
+// ReadExtent reads the first bytes of p, which is not empty, that are alike in that they are stored, or read as zeroes as far as the tables tell. It
+// returns how many these are, at least 1, and whether they are zeroes; then it leaves p as it was. A range that reaches past the
+// end of the disk is ErrInvalid; other errors are those of [Image.ReadAt].
+func (img *Image) ReadExtent(p []byte, off int64) (n int, zero bool, err error) {
+	epoch, err := img.begin(off, int64(len(p)), false)
+	if err != nil {
+		return 0, false, err
+	}
+	defer img.epochs.leave(epoch)
+	m, err := img.lookup(format.GuestOffset(off), uint64(len(p)))
+	if err != nil {
+		return 0, false, err
+	}
+	p = p[:m.length]
+	switch {
+	case m.absent():
+		return img.under().readExtent(p, off)
+	case m.zero():
+		return len(p), true, nil
+	}
+	return len(p), false, img.readMapped(p, format.GuestOffset(off), &m)
+}
+
 // readGuest reads from the virtual disk, inside an epoch. It returns how many bytes it read before an error.
 func (img *Image) readGuest(p []byte, off format.GuestOffset) (int, error) {
 	for done := 0; done < len(p); {

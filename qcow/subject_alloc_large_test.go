@@ -32,6 +32,7 @@ func (s *sink) Size() (int64, error)                           { return s.size, 
 func (s *sink) Truncate(size int64) error                      { s.size = size; return nil }
 func (s *sink) Allocate(int64, int64) error                    { return nil }
 func (s *sink) PunchHole(int64, int64) error                   { return nil }
+func (s *sink) Splice(int, int64, int) (int, error)            { return 0, nil }
 func (s *sink) NextData(off int64) (start, end int64, _ error) { return off, s.size, nil }
 func (s *sink) Sync() error                                    { return nil }
 func (s *sink) Close() error                                   { return nil }

@@ -8,6 +8,10 @@ import "io"
 type File interface {
 	// ReadAt reads len(p) bytes; a read that reaches past the end returns the bytes before it and io.EOF.
 	io.ReaderAt
+	// Splice moves the first of n bytes at off into a pipe, given by its descriptor, without copying them: at least one, as many as the file
+	// has and the pipe takes without waiting. The pipe shows what the bytes are when they are read from it, which may be newer. It returns 0
+	// where this can't be done, and the bytes have to be read.
+	Splice(pipe int, off int64, n int) (int, error)
 	// WriteAt writes all of p, growing the file as needed. Bytes between the old end and off read as zeroes.
 	io.WriterAt
 	// WriteSync is a WriteAt whose bytes are durable when it returns, along with what it takes to read them back: the

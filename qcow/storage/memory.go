@@ -64,6 +64,9 @@ func (m *Memory) WriteAt(p []byte, off int64) (int, error) {
 	return copy(m.b[off:], p), nil
 }
 
+// Splice implements [File]. It moves nothing.
+func (m *Memory) Splice(int, int64, int) (int, error) { return 0, nil }
+
 // WriteSync implements [File]. Memory is as durable as it gets at once.
 func (m *Memory) WriteSync(p []byte, off int64) (int, error) { return m.WriteAt(p, off) }
 

@@ -54,7 +54,7 @@ func OpenWith(path string, o Options) (_ *OSFile, err error) {
 	if err != nil {
 		return nil, err
 	}
-	file := &OSFile{f: f, id: id}
+	file := &OSFile{f: f, fd: int(f.Fd()), id: id}
 	defer func() {
 		if err != nil {
 			err = errors.Join(err, f.Close())

@@ -12,6 +12,7 @@ import (
 // OSFile is a regular file, locked against other users of the image (see [Open]).
 type OSFile struct {
 	f      *os.File // holds the locks
+	fd     int      // of f
 	direct *direct  // nil: every request goes through the page cache
 	id     identity
 }
