@@ -57,7 +57,7 @@ type process struct {
 // start runs a driver for the length of the test, or until it is killed.
 func (m *machine) start(t *testing.T) *process {
 	t.Helper()
-	p, err := pool.Open(t.Context(), m.dir)
+	p, err := pool.Open(t.Context(), m.dir, pool.Options{})
 	if err != nil {
 		t.Fatal(err)
 	}

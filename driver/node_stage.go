@@ -79,7 +79,7 @@ func (s *node) stage(ctx context.Context, r *csi.NodeStageVolumeRequest) (err er
 		return errors.Join(err, v.volume.Release())
 	}
 	v.device, err = s.attacher.Attach(ctx, attach.Request{
-		VolumeID: handle, Backend: nbdexport.NewImageBackend(v.volume.Image()), ReadOnly: isBlock(c) && readOnlyMode(c),
+		VolumeID: handle, Backend: nbdexport.NewImageBackend(v.volume.Image(), nbdexport.ImageOptions{}), ReadOnly: isBlock(c) && readOnlyMode(c),
 	})
 	if err != nil {
 		return errors.Join(err, v.volume.Release())

@@ -1,8 +1,8 @@
 package nbdexport
 
 import (
-	"fmt"
 	"io"
+	"iter"
 )
 
 // Backend is what an export serves. All methods may be called concurrently. An error that matches syscall.ENOSPC
@@ -17,60 +17,43 @@ type Backend interface {
 	// Info describes the export. What it says when a client chooses the export holds for that connection, but for the
 	// size: a request past the end that the server knows makes it ask again, so an export may grow while it is served.
 	Info() Info
-	// WriteZeroes makes n bytes at off read as zeroes. With mayUnmap their space may be given back;
-	// without, a later write there must not need new space where the bytes had space before.
-	WriteZeroes(off, n int64, mayUnmap bool) error
+	// ReadExtent reads the first bytes of p, which is not empty, that are alike. It returns how many these are, at
+	// least 1, and whether they are known to be zeroes without a look at them: then p is as it was.
+	ReadExtent(p []byte, off int64) (n int, zero bool, err error)
+	// Splice moves the first of n bytes at off, at least one, into a pipe, given by its descriptor, without copying them. It returns how many, 0
+	// where it can't: then they are read. The pipe may show what is written to the bytes before they are read from it.
+	Splice(pipe int, off int64, n int) (int, error)
+	// WatchSplices makes unread known, which says whether something that was spliced has not been read yet. It is called before Splice, and forget
+	// when nothing is spliced any more.
+	WatchSplices(unread func() bool) (forget func())
+	// WriteSync is a WriteAt whose data outlives the machine once it has returned nil.
+	WriteSync(p []byte, off int64) (int, error)
+	// WriteZeroes makes n bytes at off read as zeroes.
+	WriteZeroes(off, n int64, how Zeroing) error
 	// Discard hints that n bytes at off are no longer needed. Whole clusters inside the range read as zeroes
 	// afterwards.
 	Discard(off, n int64) error
 	// Flush makes everything that was acknowledged before it durable.
 	Flush() error
+	// Extents describes n bytes from off on, in order and without gaps, by a metadata context that Info lists. It stops
+	// after the first error.
+	Extents(context string, off, n int64) iter.Seq2[Extent, error]
 }
 
-// Info describes an export to its clients.
-type Info struct {
-	Size           int64 // bytes
-	ReadOnly       bool
-	MinimumBlock   uint32 // bytes, a power of two, 1 to 64 Ki; 0 means 1
-	PreferredBlock uint32 // bytes, a power of two, 512 to 32 Mi, not below MinimumBlock; 0 means 4096 or MinimumBlock
-	MultiConn      bool   // Flush on one connection covers writes acknowledged on all
+// Zeroing says how bytes become zeroes.
+type Zeroing struct {
+	// MayUnmap allows to give the space of the bytes back. Without it, a later write there must not need new space
+	// where the bytes had space before.
+	MayUnmap bool
+	// Fast wants an error that matches syscall.ENOTSUP, soon and with nothing changed, where writing zeroes would take
+	// no longer. Only backends whose Info says FastZero see it.
+	Fast bool
 }
 
-// TransmissionFlags returns the flags that tell a client what an export with this description can do (section
-// "Transmission flags" of the specification). A kernel client that is set up without a handshake needs them.
-func TransmissionFlags(i Info) uint16 {
-	flags := FlagHasFlags | FlagSendFlush
-	if i.ReadOnly {
-		flags |= FlagReadOnly
-	} else {
-		flags |= FlagSendFUA | FlagSendTrim | FlagSendWriteZeroes
-	}
-	if i.MultiConn {
-		flags |= FlagCanMultiConn
-	}
-	return flags
+// Extent is a range of an export that a metadata context describes. Flags are those of the context: for
+// [ContextAllocation] StateHole and StateZero, for [ContextAllocationDepth] how many files deep in the chain of backing
+// files the bytes are, 1 the image's own and 0 none, for a [ContextDirtyBitmap] StateDirty.
+type Extent struct {
+	Length int64 // bytes, at least 1
+	Flags  uint64
 }
-
-// inspect asks b for its description, fills in the defaults and refuses one that the specification does not allow.
-func inspect(b Backend) (Info, error) {
-	i := b.Info()
-	if i.MinimumBlock == 0 {
-		i.MinimumBlock = 1
-	}
-	if i.PreferredBlock == 0 {
-		i.PreferredBlock = max(4096, i.MinimumBlock)
-	}
-	switch {
-	case i.Size < 0:
-		return Info{}, fmt.Errorf("export of %d bytes", i.Size)
-	case !powerOfTwo(i.MinimumBlock) || i.MinimumBlock > 64<<10:
-		return Info{}, fmt.Errorf("minimum block of %d bytes", i.MinimumBlock)
-	case !powerOfTwo(i.PreferredBlock) || i.PreferredBlock < max(512, i.MinimumBlock) || i.PreferredBlock > MaxPayload:
-		return Info{}, fmt.Errorf("preferred block of %d bytes with a minimum of %d", i.PreferredBlock, i.MinimumBlock)
-	case i.Size%int64(i.MinimumBlock) != 0:
-		return Info{}, fmt.Errorf("export of %d bytes is no multiple of its minimum block, %d", i.Size, i.MinimumBlock)
-	}
-	return i, nil
-}
-
-func powerOfTwo(n uint32) bool { return n > 0 && n&(n-1) == 0 }

@@ -4,7 +4,7 @@ import "sync"
 
 const (
 	maxWorkers = 16         // requests of one connection that workers carry out at a time
-	maxHeld    = MaxPayload // bytes of payload that they hold together
+	maxHeld    = MaxPayload // bytes of the buffers that they need for payloads, together
 	keepRoom   = 256 << 10  // bytes of the largest buffer that a worker keeps from one request to the next
 )
 
@@ -21,13 +21,13 @@ type crew struct {
 	change sync.Cond // of mu: a worker became idle
 	idle   []*worker
 	number int // of workers
-	held   int // bytes of payload
+	held   int // bytes of the buffers that requests at work need
 }
 
 // worker carries out one request at a time.
 type worker struct {
 	request
-	size   int // bytes of payload, in either direction
+	size   int // bytes of the buffer that carrying it out needs
 	buffer *buffer
 	start  chan struct{} // an element: carry out the request; closed: end
 }
@@ -59,7 +59,7 @@ func (c *crew) take(n int) *worker {
 }
 
 func (c *crew) full(n int) bool {
-	return len(c.idle) == 0 && c.number == maxWorkers || c.held+n > maxHeld
+	return len(c.idle) == 0 && c.number == maxWorkers || c.held+roomFor(n) > maxHeld
 }
 
 // assign takes the worker that full has promised.
@@ -73,8 +73,8 @@ func (c *crew) assign(n int) *worker {
 		c.number++
 		c.running.Go(func() { c.run(w) })
 	}
-	c.held += n
-	w.size = n
+	w.size = roomFor(n)
+	c.held += w.size
 	if w.buffer == nil || w.buffer.room() < n {
 		w.drop()
 		w.buffer = newBuffer(n)

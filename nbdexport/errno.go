@@ -28,3 +28,29 @@ func errnoOf(err error) errno {
 		return errnoIO
 	}
 }
+
+// failure is errnoOf for what has certainly failed.
+func failure(err error) errno {
+	if err == nil {
+		return errnoIO // the backend has done less than it promises
+	}
+	return errnoOf(err)
+}
+
+// text returns what the user of a client is told, at most 64 bytes. It says nothing of the server's files.
+func (e errno) text() string {
+	switch e {
+	case errnoPerm:
+		return "the export is read-only"
+	case errnoInval:
+		return "invalid request"
+	case errnoNoSpc:
+		return "past the end of the export, or no space left for it"
+	case errnoOverflow:
+		return "the request is too long"
+	case errnoNotSup:
+		return "writing zeroes would not take longer"
+	default:
+		return "I/O error"
+	}
+}

@@ -38,7 +38,7 @@ func Example() {
 	}
 
 	server, err := nbdexport.NewServer(nbdexport.Config{
-		Exports: []nbdexport.Export{{Name: "disk", Description: "an example", Backend: nbdexport.NewImageBackend(img)}},
+		Exports: []nbdexport.Export{{Name: "disk", Description: "an example", Backend: nbdexport.NewImageBackend(img, nbdexport.ImageOptions{})}},
 	})
 	if err != nil {
 		panic(err)

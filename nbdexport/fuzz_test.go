@@ -3,11 +3,10 @@ package nbdexport_test
 import (
 	"bytes"
 	"context"
-	"encoding/binary"
-	"errors"
-	"fmt"
-	"io"
+	"crypto/tls"
 	"net"
+	"runtime/debug"
+	"slices"
 	"testing"
 	"time"
 
@@ -35,7 +34,7 @@ const fuzzSize = 8 << 10
 
 // strict is a backend that refuses to be called in a way that the server must not call it.
 func strict(t *testing.T) *nbdtest.Memory {
-	b := nbdtest.NewMemory(nbdexport.Info{Size: fuzzSize, MinimumBlock: 512})
+	b := nbdtest.NewMemory(nbdexport.Info{Size: fuzzSize, MinimumBlock: 512, FastZero: true, Contexts: []string{alloc, dirty}})
 	b.Before = func(op nbdtest.Operation) error {
 		end := op.Offset + op.Length
 		if op.Offset < 0 || op.Length < 0 || end > fuzzSize || (op.Offset|op.Length)%512 != 0 {
@@ -49,11 +48,51 @@ func strict(t *testing.T) *nbdtest.Memory {
 	return b
 }
 
-func FuzzHandshake(f *testing.F) {
-	option := func(opt uint32, data ...any) []byte {
-		d := nbdtest.Message(data...)
-		return nbdtest.Message(uint64(nbdtest.OptionMagic), opt, uint32(len(d)), d)
+// strictly serves a strict backend to a client that has sent everything already, and checks the whole dialogue.
+func strictly(t *testing.T, secure *tls.Config, in []byte) {
+	t.Helper()
+	server := newServer(t, nbdexport.Config{
+		Exports: []nbdexport.Export{
+			{Name: "disk", Description: "a disk", Backend: strict(t)}, {Name: "other", Backend: strict(t)},
+		},
+		TLS: secure, TLSOptional: true,
+	})
+	conn := &recorded{in: bytes.NewReader(in)}
+	err := server.ServeConn(context.Background(), conn)
+	d := dialogue{in: in, out: conn.out.Bytes()}
+	if fault := d.check(); fault != nil {
+		t.Error(fault)
 	}
+	if secure == nil && !isProtocolEnd(err) { // crypto/tls has errors of its own
+		t.Errorf("ServeConn: %v", err)
+	}
+}
+
+func option(opt uint32, data ...any) []byte {
+	d := nbdtest.Message(data...)
+	return nbdtest.Message(uint64(nbdtest.OptionMagic), opt, uint32(len(d)), d)
+}
+
+// opening is what a client sends up to the transmission phase.
+func opening(style nbdtest.Style, contexts ...string) []byte {
+	b := nbdtest.Message(uint32(3))
+	if style != nbdtest.Simple {
+		number := map[nbdtest.Style]uint32{nbdtest.Structured: nbdtest.OptStructuredReply, nbdtest.Extended: nbdtest.OptExtendedHeaders}[style]
+		b = slices.Concat(b, option(number), option(nbdtest.OptSetMetaContext, nbdtest.ContextQuery("disk", contexts...)))
+	}
+	return append(b, option(nbdtest.OptGo, nbdtest.InfoRequest("disk", nbdtest.InfoBlockSize))...)
+}
+
+// sparingly keeps the memory of a fuzzer low: buffers of connections would pile up until they are collected.
+func sparingly(f *testing.F) {
+	f.Helper()
+	before := debug.SetMemoryLimit(64 << 20)
+	f.Cleanup(func() { debug.SetMemoryLimit(before) })
+}
+
+func FuzzHandshake(f *testing.F) {
+	sparingly(f)
+	secure := &tls.Config{Certificates: []tls.Certificate{nbdtest.NewAuthority(f).Server}}
 	for _, seed := range [][]byte{
 		{},
 		nbdtest.Message(uint32(3), option(nbdtest.OptList), option(nbdtest.OptAbort)),
@@ -61,32 +100,20 @@ func FuzzHandshake(f *testing.F) {
 		nbdtest.Message(uint32(3), option(nbdtest.OptInfo, nbdtest.InfoRequest("disk", 0, 1, 2, 3)),
 			option(nbdtest.OptGo, nbdtest.InfoRequest("")), nbdtest.Request{Command: nbdtest.CmdDisc}.Encode()),
 		nbdtest.Message(uint32(3), option(77, "what?"), option(nbdtest.OptGo, uint32(1<<31), uint16(1))),
+		nbdtest.Message(uint32(3), option(nbdtest.OptStructuredReply),
+			option(nbdtest.OptListMetaContext, nbdtest.ContextQuery("disk")), option(nbdtest.OptSetMetaContext, nbdtest.ContextQuery("", alloc, dirty)),
+			option(nbdtest.OptGo, nbdtest.InfoRequest("disk")), nbdtest.Request{Command: nbdtest.CmdBlockStatus, Length: 4096}.Encode()),
+		append(opening(nbdtest.Extended, alloc), nbdtest.Request{Command: nbdtest.CmdRead, Length: 4096}.EncodeIn(nbdtest.Extended)...),
+		nbdtest.Message(uint32(3), option(nbdtest.OptStartTLS, "x"), option(nbdtest.OptStartTLS)),
+		nbdtest.Message(uint32(3), option(nbdtest.OptExtendedHeaders), option(nbdtest.OptStructuredReply), option(nbdtest.OptExportName, "disk")),
 	} {
 		f.Add(seed)
 	}
-	f.Fuzz(func(t *testing.T, in []byte) {
-		server := newServer(t, nbdexport.Config{
-			Exports: []nbdexport.Export{{Name: "disk", Description: "a disk", Backend: strict(t)}},
-		})
-		conn := &recorded{in: bytes.NewReader(in)}
-		err := server.ServeConn(context.Background(), conn)
-		if err != nil && !errors.Is(err, nbdexport.ErrDropped) && !errors.Is(err, nbdexport.ErrProtocol) &&
-			!errors.Is(err, nbdexport.ErrUnknownExport) {
-			t.Errorf("ServeConn: %v", err)
-		}
-		out := conn.out.Bytes()
-		if !bytes.HasPrefix(out, []byte("NBDMAGICIHAVEOPT\x00\x03")) {
-			t.Errorf("greeting % x", out)
-		}
-		// 64 options, each answered in less than 512 bytes, before a transmission whose reads are as small as the
-		// export.
-		if limit := 64*512 + len(in)/28*(16+fuzzSize); len(out) > limit {
-			t.Errorf("%d bytes in, %d bytes out", len(in), len(out))
-		}
-	})
+	f.Fuzz(func(t *testing.T, in []byte) { strictly(t, secure, in) })
 }
 
 func FuzzTransmission(f *testing.F) {
+	sparingly(f)
 	type request = nbdtest.Request
 	for _, seed := range [][]request{
 		{},
@@ -94,79 +121,25 @@ func FuzzTransmission(f *testing.F) {
 		{{Command: nbdtest.CmdWrite, Length: 1000, Payload: make([]byte, 1000)}, {Command: nbdtest.CmdFlush}},
 		{{Command: nbdtest.CmdTrim, Flags: 1, Length: fuzzSize}, {Command: nbdtest.CmdWriteZeroes, Flags: 2, Length: 512}},
 		{{Offset: fuzzSize - 512, Length: 1024}, {Offset: 1<<64 - 1, Length: 1<<32 - 1}, {Command: 9}},
+		{{Command: nbdtest.CmdWrite, Offset: 1024, Length: 512, Payload: make([]byte, 512)}, {Length: fuzzSize}, {Flags: nbdtest.FlagDF, Length: 4096}},
+		{{Command: nbdtest.CmdBlockStatus, Length: fuzzSize}, {Command: nbdtest.CmdBlockStatus, Flags: nbdtest.FlagReqOne, Length: 512}},
+		{{Command: nbdtest.CmdBlockStatus, Flags: nbdtest.FlagPayloadLen, Length: 12, Payload: nbdtest.Message(uint64(1024), uint32(1))}},
+		{{Command: nbdtest.CmdCache, Length: fuzzSize}, {Command: nbdtest.CmdWriteZeroes, Flags: nbdtest.FlagFastZero, Length: 1024}},
 		{{Command: nbdtest.CmdWrite, Length: 1 << 30}},
 		{{Magic: 1}},
 	} {
-		var b []byte
-		for _, r := range seed {
-			b = append(b, r.Encode()...)
+		for _, style := range nbdtest.Styles {
+			var b []byte
+			for _, r := range seed {
+				b = append(b, r.EncodeIn(style)...)
+			}
+			f.Add(uint8(style), b)
 		}
-		f.Add(b)
 	}
-	f.Fuzz(func(t *testing.T, in []byte) {
-		requests := number(in)
-		conn := &recorded{in: bytes.NewReader(in)}
-		err := nbdexport.ServeTransmission(context.Background(), conn, strict(t))
-		if err != nil && !errors.Is(err, nbdexport.ErrDropped) && !errors.Is(err, nbdexport.ErrProtocol) {
-			t.Errorf("ServeTransmission: %v", err)
-		}
-		if err := checkReplies(conn.out.Bytes(), requests); err != nil {
-			t.Error(err)
-		}
+	f.Fuzz(func(t *testing.T, number uint8, in []byte) {
+		style := nbdtest.Style(number % 3)
+		in = bytes.Clone(in)
+		requestsIn(in, style, true)
+		strictly(t, nil, append(opening(style, alloc, dirty), in...))
 	})
-}
-
-// number finds the requests in a stream, as the specification divides it, and gives them their number as cookie. It
-// returns those to which a reply is due.
-func number(stream []byte) (requests []nbdtest.Request) {
-	for len(stream) >= 28 && binary.BigEndian.Uint32(stream) == nbdtest.RequestMagic {
-		r := nbdtest.Request{Command: binary.BigEndian.Uint16(stream[6:]), Length: binary.BigEndian.Uint32(stream[24:])}
-		binary.BigEndian.PutUint64(stream[8:], uint64(len(requests)))
-		stream = stream[28:]
-		if r.Command == nbdtest.CmdDisc {
-			break
-		}
-		if r.Command == nbdtest.CmdWrite {
-			if uint64(len(stream)) < uint64(r.Length) {
-				break
-			}
-			stream = stream[r.Length:]
-		}
-		requests = append(requests, r)
-	}
-	return requests
-}
-
-// checkReplies divides the replies to requests as a client would, and wants each exactly once.
-func checkReplies(replies []byte, requests []nbdtest.Request) error {
-	in := bytes.NewReader(replies)
-	answered := make([]bool, len(requests))
-	for range requests {
-		var header struct {
-			Magic, Error uint32
-			Cookie       uint64
-		}
-		if err := binary.Read(in, binary.BigEndian, &header); err != nil {
-			return fmt.Errorf("replies to %d requests: %w", len(requests), err)
-		}
-		if header.Magic != 0x67446698 || header.Cookie >= uint64(len(requests)) || answered[header.Cookie] {
-			return fmt.Errorf("reply header %+v", header)
-		}
-		answered[header.Cookie] = true
-		switch header.Error {
-		case 0:
-			if r := requests[header.Cookie]; r.Command == nbdtest.CmdRead {
-				if n, err := io.CopyN(io.Discard, in, int64(r.Length)); err != nil {
-					return fmt.Errorf("%d of %d bytes of data", n, r.Length)
-				}
-			}
-		case 22, 28: // EINVAL, ENOSPC: the backend itself does not fail
-		default:
-			return fmt.Errorf("error %d", header.Error)
-		}
-	}
-	if in.Len() != 0 {
-		return fmt.Errorf("%d bytes after the replies", in.Len())
-	}
-	return nil
 }

@@ -11,26 +11,43 @@ import (
 // Limits on what a client may send before it has chosen an export.
 const (
 	maxOptions       = 64       // options in one handshake
-	maxOptionData    = 16 << 10 // bytes of an option's data that are looked at: room for a name of maxString and much else
+	maxOptionData    = 32 << 10 // bytes of an option's data that are looked at: room for a name of maxString and much else
 	maxOptionDiscard = 1 << 20  // bytes of an option's data that are skipped, to answer that they are too many
 )
 
 // errAborted ends a handshake in which the client says that it wants no export.
 var errAborted = errors.New("client aborted the handshake")
 
-// handshake is the negotiation phase of one connection: fixed newstyle, without TLS.
+// handshake is the negotiation phase of one connection: fixed newstyle.
 type handshake struct {
-	conn     net.Conn
+	conn     net.Conn // TLS over it once that is initiated
 	in       *bufio.Reader
 	exports  exports
-	noZeroes bool   // the client does without the reserved zeroes
+	security security
+	secure   bool // TLS has been initiated
+	noZeroes bool // the client does without the reserved zeroes
+	agreed   terms
+	selected selection
 	out      []byte // the replies to the option at hand
+}
+
+// terms are what client and server have agreed on for the transmission phase.
+type terms struct {
+	replies  replyStyle
+	contexts []metaContext // that the client wants to know of
+}
+
+// selection is the outcome of NBD_OPT_SET_META_CONTEXT.
+type selection struct {
+	export   string // its own name, whatever the client calls it
+	contexts []metaContext
 }
 
 // choice is the outcome of a negotiation.
 type choice struct {
 	export Export
 	info   Info
+	terms  terms
 }
 
 // negotiate answers options until the client has chosen an export. It returns errAborted when the client wants none.
@@ -63,6 +80,12 @@ func (h *handshake) greet() error {
 	if flags&^(clientFixedNewstyle|clientNoZeroes) != 0 {
 		return fmt.Errorf("%w: client flags %#x", ErrProtocol, flags)
 	}
+	if flags&clientFixedNewstyle == 0 {
+		if h.security.mandatory() {
+			return fmt.Errorf("%w: no TLS without fixed newstyle negotiation", ErrProtocol)
+		}
+		h.security = security{}
+	}
 	h.noZeroes = flags&clientNoZeroes != 0
 	return nil
 }
@@ -91,6 +114,9 @@ func (h *handshake) option() (*choice, error) {
 	if err != nil {
 		return nil, err
 	}
+	if h.insecure() {
+		return nil, h.insist(opt, data)
+	}
 
 	var chosen *choice
 	switch opt {
@@ -100,10 +126,16 @@ func (h *handshake) option() (*choice, error) {
 		return nil, h.abort()
 	case optList:
 		h.list(data)
+	case optStartTLS:
+		return nil, h.startTLS(data)
 	case optInfo:
 		_, err = h.describe(opt, data)
 	case optGo:
 		chosen, err = h.describe(opt, data)
+	case optStructuredReply, optExtendedHeaders:
+		h.upgrade(opt, data)
+	case optListMetaContext, optSetMetaContext:
+		h.contexts(opt, data)
 	default:
 		h.fail(opt, repErrUnsup, "unknown option")
 	}
@@ -115,14 +147,20 @@ func (h *handshake) option() (*choice, error) {
 
 // refuseLong answers an option whose data was too long to look at.
 func (h *handshake) refuseLong(opt option) error {
+	if h.insecure() && opt != optStartTLS {
+		return h.insist(opt, nil)
+	}
 	switch opt {
 	case optExportName:
 		return fmt.Errorf("%w: the name of an export is too long", ErrProtocol)
 	case optAbort:
 		return h.abort()
-	case optList:
+	case optList, optStartTLS, optStructuredReply, optExtendedHeaders:
 		h.fail(opt, repErrInvalid, "this option takes no data")
-	case optInfo, optGo:
+	case optSetMetaContext:
+		h.selected = selection{} // also when the option fails
+		h.fail(opt, repErrTooBig, "too much data")
+	case optInfo, optGo, optListMetaContext:
 		h.fail(opt, repErrTooBig, "too much data")
 	default:
 		h.fail(opt, repErrUnsup, "unknown option")
@@ -132,19 +170,35 @@ func (h *handshake) refuseLong(opt option) error {
 
 // exportName answers NBD_OPT_EXPORT_NAME, which knows no way to say no but to hang up.
 func (h *handshake) exportName(name string) (*choice, error) {
+	if h.agreed.replies == extendedReplies {
+		return nil, fmt.Errorf("%w: NBD_OPT_EXPORT_NAME after extended headers", ErrProtocol)
+	}
 	export, ok := h.exports.find(name)
 	if !ok {
 		return nil, fmt.Errorf("%w: %.*q", ErrUnknownExport, maxString, name)
 	}
+	chosen, err := h.choose(export)
+	if err != nil {
+		return nil, err
+	}
+	h.out = appendExport(h.out, chosen)
+	if !h.noZeroes {
+		h.out = append(h.out, make([]byte, reservedZeroes)...)
+	}
+	return chosen, h.send()
+}
+
+// choose returns what the transmission phase with the export would be.
+func (h *handshake) choose(export Export) (*choice, error) {
 	info, err := inspect(export.Backend)
 	if err != nil {
 		return nil, err
 	}
-	h.out = appendExport(h.out, info)
-	if !h.noZeroes {
-		h.out = append(h.out, make([]byte, reservedZeroes)...)
+	chosen := &choice{export: export, info: info, terms: h.agreed}
+	if h.selected.export == export.Name {
+		chosen.terms.contexts = h.selected.contexts
 	}
-	return &choice{export, info}, h.send()
+	return chosen, nil
 }
 
 // abort acknowledges NBD_OPT_ABORT to a client that may be gone already.
@@ -170,6 +224,59 @@ func (h *handshake) list(data []byte) {
 	h.reply(optList, repAck, nil)
 }
 
+// upgrade answers NBD_OPT_STRUCTURED_REPLY and NBD_OPT_EXTENDED_HEADERS.
+func (h *handshake) upgrade(opt option, data []byte) {
+	switch {
+	case len(data) != 0:
+		h.fail(opt, repErrInvalid, "this option takes no data")
+	case opt == optExtendedHeaders:
+		h.agreed.replies = extendedReplies
+		h.reply(opt, repAck, nil)
+	case h.agreed.replies == extendedReplies:
+		h.fail(opt, repErrExtHeaderRequired, "extended headers are agreed on already")
+	default:
+		h.agreed.replies = structuredReplies
+		h.reply(opt, repAck, nil)
+	}
+}
+
+// contexts answers NBD_OPT_LIST_META_CONTEXT and NBD_OPT_SET_META_CONTEXT.
+func (h *handshake) contexts(opt option, data []byte) {
+	if opt == optSetMetaContext {
+		h.selected = selection{} // also when the option fails
+	}
+	if h.agreed.replies == simpleReplies {
+		h.fail(opt, repErrInvalid, "agree on structured replies or extended headers first")
+		return
+	}
+	query, ok := parseContextQuery(data)
+	if !ok {
+		h.fail(opt, repErrInvalid, "lengths do not add up, or a query names no namespace")
+		return
+	}
+	export, ok := h.exports.find(query.export)
+	if !ok {
+		h.fail(opt, repErrUnknown, "no such export")
+		return
+	}
+	known := export.Backend.Info().Contexts
+	if opt == optListMetaContext {
+		for _, name := range query.list(known) {
+			h.context(opt, metaContext{name: name})
+		}
+	} else {
+		h.selected = selection{export: export.Name, contexts: query.selected(known)}
+		for _, c := range h.selected.contexts {
+			h.context(opt, c)
+		}
+	}
+	h.reply(opt, repAck, nil)
+}
+
+func (h *handshake) context(opt option, c metaContext) {
+	h.reply(opt, repMetaContext, append(binary.BigEndian.AppendUint32(nil, c.id), c.name...))
+}
+
 // describe answers NBD_OPT_INFO and NBD_OPT_GO. The choice is nil where the answer is an error.
 func (h *handshake) describe(opt option, data []byte) (*choice, error) {
 	name, wanted, ok := parseInfoRequest(data)
@@ -182,15 +289,15 @@ func (h *handshake) describe(opt option, data []byte) (*choice, error) {
 		h.fail(opt, repErrUnknown, "no such export")
 		return nil, nil
 	}
-	info, err := inspect(export.Backend)
+	chosen, err := h.choose(export)
 	if err != nil {
 		return nil, err
 	}
 
-	h.inform(opt, infoExport, appendExport(nil, info))
+	h.inform(opt, infoExport, appendExport(nil, chosen))
 	// Sent unasked, too: a client that asks for nothing should still learn which requests will fail.
-	sizes := binary.BigEndian.AppendUint32(nil, info.MinimumBlock)
-	sizes = binary.BigEndian.AppendUint32(sizes, info.PreferredBlock)
+	sizes := binary.BigEndian.AppendUint32(nil, chosen.info.MinimumBlock)
+	sizes = binary.BigEndian.AppendUint32(sizes, chosen.info.PreferredBlock)
 	h.inform(opt, infoBlockSize, binary.BigEndian.AppendUint32(sizes, MaxPayload))
 	if wanted.name {
 		h.inform(opt, infoName, []byte(export.Name))
@@ -199,7 +306,7 @@ func (h *handshake) describe(opt option, data []byte) (*choice, error) {
 		h.inform(opt, infoDescription, []byte(export.Description))
 	}
 	h.reply(opt, repAck, nil)
-	return &choice{export, info}, nil
+	return chosen, nil
 }
 
 // wantedInfo is what a client asks for beyond what it is told anyway.
@@ -231,9 +338,16 @@ func parseInfoRequest(data []byte) (name string, wanted wantedInfo, ok bool) {
 }
 
 // appendExport appends size and transmission flags, the form that all ways of choosing an export share.
-func appendExport(b []byte, info Info) []byte {
-	b = binary.BigEndian.AppendUint64(b, uint64(info.Size))
-	return binary.BigEndian.AppendUint16(b, TransmissionFlags(info))
+func appendExport(b []byte, c *choice) []byte {
+	flags := TransmissionFlags(c.info)
+	if c.terms.replies != simpleReplies {
+		flags |= FlagSendDF
+	}
+	if c.terms.replies == extendedReplies && len(c.terms.contexts) > 0 {
+		flags |= FlagBlockStatusPayload
+	}
+	b = binary.BigEndian.AppendUint64(b, uint64(c.info.Size))
+	return binary.BigEndian.AppendUint16(b, flags)
 }
 
 // inform adds one item of information to the replies.

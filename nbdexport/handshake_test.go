@@ -35,7 +35,7 @@ func TestOptionIsAnswered(t *testing.T) {
 	export := func(size uint64, flags uint16) []byte {
 		return nbdtest.Message(uint16(nbdtest.InfoExport), size, flags)
 	}
-	const writable, readOnlyMulti = 0x6d, 0x107
+	const writable, readOnlyMulti = 0x46d, 0x507
 	ack := nbdtest.OptionReply{Type: nbdtest.RepAck}
 	info := func(data []byte) nbdtest.OptionReply {
 		return nbdtest.OptionReply{Type: nbdtest.RepInfo, Data: data}
@@ -93,20 +93,19 @@ func TestOptionIsAnswered(t *testing.T) {
 		"list with data":         {nbdtest.OptList, []byte{0}, invalid},
 		"list with much data":    {nbdtest.OptList, make([]byte, 1<<20), invalid},
 		"info with much data":    {nbdtest.OptInfo, make([]byte, 1<<20), []nbdtest.OptionReply{{Type: nbdtest.RepErrTooBig}}},
-		"go with much data":      {nbdtest.OptGo, make([]byte, 16<<10+1), []nbdtest.OptionReply{{Type: nbdtest.RepErrTooBig}}},
+		"go with much data":      {nbdtest.OptGo, make([]byte, 32<<10+1), []nbdtest.OptionReply{{Type: nbdtest.RepErrTooBig}}},
 		"peek export":            {4, []byte("disk"), unsupported},
 		"start TLS":              {nbdtest.OptStartTLS, nil, unsupported},
-		"structured reply":       {8, nil, unsupported},
-		"list meta context":      {9, nbdtest.Message(uint32(4), "disk", uint32(0)), unsupported},
-		"set meta context":       {10, nbdtest.Message(uint32(4), "disk", uint32(0)), unsupported},
-		"extended headers":       {11, nil, unsupported},
+		"structured, with data":  {nbdtest.OptStructuredReply, []byte{0}, invalid},
+		"extended, with data":    {nbdtest.OptExtendedHeaders, make([]byte, 1<<20), invalid},
+		"list contexts too soon": {nbdtest.OptListMetaContext, nbdtest.ContextQuery("disk"), invalid},
+		"set contexts too soon":  {nbdtest.OptSetMetaContext, nbdtest.ContextQuery("disk", "base:allocation"), invalid},
 		"option 0":               {0, nil, unsupported},
 		"unknown with much data": {1<<32 - 1, make([]byte, 1<<20), unsupported},
 	} {
 		t.Run(name, func(t *testing.T) {
 			client := greeted(t)
-			client.SendOption(test.option, test.data)
-			got := client.ReceiveOptionReplies(test.option)
+			got := client.Ask(test.option, test.data)
 			if len(got) != len(test.want) {
 				t.Fatalf("%d replies, want %d: %+v", len(got), len(test.want), got)
 			}
@@ -177,8 +176,7 @@ func TestAbort(t *testing.T) {
 	for name, data := range map[string][]byte{"": nil, "data": []byte("bye"), "much data": make([]byte, 1<<20)} {
 		t.Run(name, func(t *testing.T) {
 			client := greeted(t)
-			client.SendOption(nbdtest.OptAbort, data)
-			replies := client.ReceiveOptionReplies(nbdtest.OptAbort)
+			replies := client.Ask(nbdtest.OptAbort, data)
 			if len(replies) != 1 || replies[0].Type != nbdtest.RepAck || len(replies[0].Data) != 0 {
 				t.Errorf("replies %+v", replies)
 			}
@@ -271,11 +269,11 @@ func TestTransmissionFlags(t *testing.T) {
 		readOnly, multiConn bool
 		want                uint16
 	}{
-		// has flags, flush; read-only or FUA, trim, write zeroes; multi-conn
-		{false, false, 1 | 4 | 8 | 32 | 64},
-		{false, true, 1 | 4 | 8 | 32 | 64 | 256},
-		{true, false, 1 | 4 | 2},
-		{true, true, 1 | 4 | 2 | 256},
+		// has flags, flush, cache; read-only or FUA, trim, write zeroes; multi-conn
+		{false, false, 1 | 4 | 1024 | 8 | 32 | 64},
+		{false, true, 1 | 4 | 1024 | 8 | 32 | 64 | 256},
+		{true, false, 1 | 4 | 1024 | 2},
+		{true, true, 1 | 4 | 1024 | 2 | 256},
 	} {
 		info := nbdexport.Info{Size: mib, ReadOnly: test.readOnly, MultiConn: test.multiConn}
 		if got := nbdexport.TransmissionFlags(info); got != test.want {

@@ -4,6 +4,7 @@ import (
 	"context"
 	"os/exec"
 	"path/filepath"
+	"reflect"
 	"testing"
 
 	"github.com/qcow-csi/qcow-csi/nbdexport"
@@ -60,7 +61,7 @@ func openImage(t testing.TB, path string, readOnly bool) *qcow.Image {
 
 func TestImageBackend(t *testing.T) {
 	nbdtest.TestBackend(t, func(t *testing.T) nbdexport.Backend {
-		return nbdexport.NewImageBackend(openImage(t, createImage(t, nbdtest.BackendSize), false))
+		return nbdexport.NewImageBackend(openImage(t, createImage(t, nbdtest.BackendSize), false), nbdexport.ImageOptions{})
 	})
 }
 
@@ -69,8 +70,11 @@ func TestImageBackendDescribesImage(t *testing.T) {
 	for _, readOnly := range []bool{false, true} {
 		t.Run("", func(t *testing.T) {
 			img := openImage(t, path, readOnly)
-			want := nbdexport.Info{Size: 3 * mib, ReadOnly: readOnly, MinimumBlock: 1, PreferredBlock: 64 << 10, MultiConn: true}
-			if got := nbdexport.NewImageBackend(img).Info(); got != want {
+			want := nbdexport.Info{
+				Size: 3 * mib, ReadOnly: readOnly, MinimumBlock: 1, PreferredBlock: 64 << 10, MultiConn: true, FastZero: true,
+				Contexts: []string{nbdexport.ContextAllocation},
+			}
+			if got := nbdexport.NewImageBackend(img, nbdexport.ImageOptions{}).Info(); !reflect.DeepEqual(got, want) {
 				t.Errorf("Info() = %+v, want %+v", got, want)
 			}
 		})
@@ -80,7 +84,7 @@ func TestImageBackendDescribesImage(t *testing.T) {
 // TestImageGrowsWhileServed grows an image under its client, as the expansion of a volume does.
 func TestImageGrowsWhileServed(t *testing.T) {
 	img := openImage(t, createImage(t, mib), false)
-	client := connect(t, nbdexport.NewImageBackend(img))
+	client := connect(t, nbdexport.NewImageBackend(img, nbdexport.ImageOptions{}))
 	if err := client.WriteBytes(4*mib-5, []byte("early")); err == nil {
 		t.Error("wrote past the end")
 	}

@@ -30,7 +30,7 @@ func forEachServer(t *testing.T, test func(t *testing.T, uri string)) {
 			return nbdtest.NewMemory(nbdexport.Info{Size: outsideSize, MultiConn: true})
 		},
 		"qcow2": func(t *testing.T) nbdexport.Backend {
-			return nbdexport.NewImageBackend(openImage(t, createImage(t, outsideSize), false))
+			return nbdexport.NewImageBackend(openImage(t, createImage(t, outsideSize), false), nbdexport.ImageOptions{})
 		},
 	} {
 		for _, network := range []string{"unix", "tcp"} {
@@ -200,7 +200,7 @@ func TestOutsideFio(t *testing.T) {
 func TestOutsideReadOnly(t *testing.T) {
 	require.Tool(t, "nbdinfo", "qemu-io")
 	img := openImage(t, createImage(t, mib), true)
-	addr := serve(t, "unix", offer(nbdexport.NewImageBackend(img)))
+	addr := serve(t, "unix", offer(nbdexport.NewImageBackend(img, nbdexport.ImageOptions{})))
 	if out := command(t, "nbdinfo", uri(addr, "")); !strings.Contains(out, "is_read_only: true") {
 		t.Errorf("nbdinfo says %s", out)
 	}

@@ -9,77 +9,124 @@ type request struct {
 	command command
 	cookie  uint64
 	offset  uint64
-	length  uint32
+	length  uint64 // bytes of the payload where there is one, else of the export
+	carries bool   // a payload follows the header
 }
 
-// parseRequest reads the header in the first requestSize bytes of b.
-func parseRequest(b []byte) request {
-	return request{
+// parseRequest reads a header in the first requestSize bytes of b, or, with extended headers, extendedRequestSize.
+func parseRequest(b []byte, extended bool) request {
+	r := request{
 		magic:   binary.BigEndian.Uint32(b),
 		flags:   binary.BigEndian.Uint16(b[4:]),
 		command: command(binary.BigEndian.Uint16(b[6:])),
 		cookie:  binary.BigEndian.Uint64(b[8:]),
 		offset:  binary.BigEndian.Uint64(b[16:]),
-		length:  binary.BigEndian.Uint32(b[24:]),
 	}
+	if extended {
+		r.length = binary.BigEndian.Uint64(b[24:])
+		r.carries = r.flags&commandPayloadLen != 0
+	} else {
+		r.length = uint64(binary.BigEndian.Uint32(b[24:]))
+		r.carries = r.command == cmdWrite
+	}
+	return r
 }
 
 // payload is the number of bytes that follow the header.
-func (r *request) payload() int {
-	if r.command == cmdWrite {
-		return int(r.length)
+func (r *request) payload() uint64 {
+	if r.carries {
+		return r.length
 	}
 	return 0
 }
 
-// answer is the number of bytes that follow the header of the reply when all goes well.
-func (r *request) answer() int {
+// room is the number of bytes that carrying the request out needs in memory.
+func (r *request) room() int {
 	if r.command == cmdRead {
 		return int(r.length)
 	}
-	return 0
+	return int(r.payload())
 }
 
 func (r *request) fua() bool { return r.flags&commandFUA != 0 }
 
-// verify returns why the request must not reach the backend, or errnoNone. grown is asked for the size of the export only
-// when the one in info is too small for the request.
-func (r *request) verify(info *Info, grown func() int64) errno {
-	// FUA is allowed on everything: real clients set it on reads, and the specification puts up with that.
-	allowed, beyond := commandFUA, errnoInval
-	switch r.command {
-	case cmdFlush:
-		if r.flags&^allowed != 0 || r.offset != 0 || r.length != 0 {
-			return errnoInval
-		}
-		return errnoNone
+// allowedFlags returns the flags that the specification documents for the command, false for an unknown command. FUA
+// is allowed on everything: real clients set it on reads, and the specification puts up with that.
+func (t *transmission) allowedFlags(c command) (uint16, bool) {
+	allowed := commandFUA
+	switch c {
 	case cmdRead:
+		if t.terms.replies != simpleReplies {
+			allowed |= commandDF
+		}
 	case cmdWrite:
-		beyond = errnoNoSpc
-	case cmdTrim:
+		if t.terms.replies == extendedReplies {
+			allowed |= commandPayloadLen
+		}
 	case cmdWriteZeroes:
-		allowed |= commandNoHole
-		beyond = errnoNoSpc
+		if allowed |= commandNoHole; t.info.FastZero {
+			allowed |= commandFastZero
+		}
+	case cmdBlockStatus:
+		if allowed |= commandReqOne; t.terms.replies == extendedReplies {
+			allowed |= commandPayloadLen
+		}
+	case cmdFlush, cmdTrim, cmdCache:
 	default:
-		return errnoInval
+		return 0, false
 	}
-	alignment := uint64(info.MinimumBlock - 1)
+	return allowed, true
+}
+
+// verify returns why the request must not reach the backend, or errnoNone.
+func (t *transmission) verify(r *request) errno {
+	allowed, known := t.allowedFlags(r.command)
+	alignment := uint64(t.info.MinimumBlock - 1)
+	changes := r.command == cmdWrite || r.command == cmdTrim || r.command == cmdWriteZeroes
 	switch {
-	case r.command != cmdRead && info.ReadOnly:
+	case !known:
+		return errnoInval
+	case changes && t.info.ReadOnly:
 		return errnoPerm
 	case r.flags&^allowed != 0:
 		return errnoInval
-	case r.offset&alignment != 0 || uint64(r.length)&alignment != 0:
+	case r.command == cmdFlush && (r.offset != 0 || r.length != 0):
 		return errnoInval
-	case max(r.payload(), r.answer()) > MaxPayload:
+	case r.command == cmdFlush:
+		return errnoNone
+	case r.command == cmdWrite && !r.carries:
 		return errnoInval
-	case !r.within(info.Size) && !r.within(grown()):
-		return beyond
+	case r.command == cmdBlockStatus && len(t.terms.contexts) == 0:
+		return errnoInval
+	case r.command == cmdBlockStatus && r.carries:
+		return errnoNone // the payload says what it is about
+	case r.command == cmdBlockStatus && r.length == 0:
+		return errnoInval
+	case r.offset&alignment != 0 || r.length&alignment != 0:
+		return errnoInval
+	case r.length > MaxPayload && r.command == cmdWrite:
+		return errnoInval
+	case r.length > MaxPayload && (r.command == cmdRead || r.command == cmdCache):
+		if t.terms.replies == simpleReplies && r.command == cmdRead {
+			return errnoInval
+		}
+		return errnoOverflow
+	case !t.within(r.offset, r.length):
+		if r.command == cmdWrite || r.command == cmdWriteZeroes {
+			return errnoNoSpc
+		}
+		return errnoInval
 	}
 	return errnoNone
 }
 
-// within says whether the request ends at or before size.
-func (r *request) within(size int64) bool {
-	return r.offset <= uint64(size) && uint64(r.length) <= uint64(size)-r.offset
+// within says whether n bytes at off lie inside of the export, which may have grown.
+func (t *transmission) within(off, n uint64) bool {
+	inside := func(size int64) bool { return off <= uint64(size) && n <= uint64(size)-off }
+	if inside(t.size.Load()) {
+		return true
+	}
+	size := t.backend.Info().Size
+	t.size.Store(size)
+	return inside(size)
 }

@@ -3,6 +3,7 @@ package nbdexport
 import (
 	"bufio"
 	"context"
+	"crypto/tls"
 	"errors"
 	"fmt"
 	"net"
@@ -31,6 +32,11 @@ type Config struct {
 	// MaxConnections is the number of clients that are served at a time over all listeners; 0 means 64. Further ones
 	// wait in the backlog of the listener.
 	MaxConnections int
+	// TLS, if set, makes clients use TLS: without it they learn nothing and get nothing. With ClientAuth and ClientCAs in
+	// it they need a certificate. It needs a certificate of the server, and at least TLS 1.2 is asked for in any case.
+	TLS *tls.Config
+	// TLSOptional leaves it to the clients whether they use TLS.
+	TLSOptional bool
 	// HandshakeTimeout is how long a client may take to choose an export; 0 means 10 s.
 	HandshakeTimeout time.Duration
 	// Disconnected, if set, is told of every connection that has ended. It is called concurrently, and Serve and
@@ -50,6 +56,7 @@ type Disconnect struct {
 // Server serves exports to clients that negotiate which one they want. Its methods may be called concurrently.
 type Server struct {
 	exports          exports
+	security         security
 	handshakeTimeout time.Duration
 	disconnected     func(Disconnect)
 	slots            chan struct{} // one element per connection that came from a listener
@@ -59,7 +66,7 @@ type Server struct {
 	serving  sync.WaitGroup // calls of Serve and ServeConn; none is added once stopping is done
 
 	mu    sync.Mutex // guards conns, and that nothing begins after stop
-	conns map[net.Conn]struct{}
+	conns map[*connection]struct{}
 }
 
 // NewServer returns a server for the exports of c. It fails when a name is used twice or is too long, when a backend
@@ -81,12 +88,20 @@ func NewServer(c Config) (*Server, error) {
 	if c.Disconnected == nil {
 		c.Disconnected = func(Disconnect) {}
 	}
+	if c.TLS != nil {
+		c.TLS = c.TLS.Clone()
+		c.TLS.MinVersion = max(c.TLS.MinVersion, tls.VersionTLS12)
+		if len(c.TLS.Certificates) == 0 && c.TLS.GetCertificate == nil && c.TLS.GetConfigForClient == nil {
+			return nil, errors.New("TLS without a certificate of the server")
+		}
+	}
 	s := &Server{
 		exports:          es,
+		security:         security{c.TLS, c.TLSOptional},
 		handshakeTimeout: c.HandshakeTimeout,
 		disconnected:     c.Disconnected,
 		slots:            make(chan struct{}, c.MaxConnections),
-		conns:            make(map[net.Conn]struct{}),
+		conns:            make(map[*connection]struct{}),
 	}
 	s.stopping, s.stop = context.WithCancel(context.Background())
 	return s, nil
@@ -148,23 +163,29 @@ func accept(ctx context.Context, l net.Listener) (net.Conn, error) {
 // ServeTransmission does; a client that leaves in the handshake in the way the protocol has for that is no error
 // either.
 func (s *Server) ServeConn(ctx context.Context, conn net.Conn) error {
-	ctx, end, err := s.begin(ctx, conn)
+	c := &connection{link: stream{conn}}
+	ctx, end, err := s.begin(ctx, c)
 	if err != nil {
 		return errors.Join(err, conn.Close())
 	}
 	defer end()
-	defer conn.Close()
 
+	peer := conn.RemoteAddr()
 	in := bufio.NewReaderSize(conn, receiveBuffer)
-	chosen, err := s.negotiate(ctx, conn, in)
+	chosen, conn, err := s.negotiate(ctx, conn, in)
 	if err == nil {
-		err = serveTransmission(ctx, conn, in, chosen.export.Backend, chosen.info)
-	} else if errors.Is(err, errAborted) {
-		err = nil
+		l := newLink(conn)
+		c.become(l)
+		err = serveTransmission(ctx, l, resume(in, l), chosen)
+	} else {
+		conn.Close()
+		if errors.Is(err, errAborted) {
+			err = nil
+		}
 	}
 	s.mu.Lock()
-	delete(s.conns, conn)
-	d := Disconnect{Peer: conn.RemoteAddr(), Remaining: len(s.conns), Err: err}
+	delete(s.conns, c)
+	d := Disconnect{Peer: peer, Remaining: len(s.conns), Err: err}
 	s.mu.Unlock()
 	if chosen != nil {
 		d.Chosen, d.Export = true, chosen.export.Name
@@ -175,15 +196,15 @@ func (s *Server) ServeConn(ctx context.Context, conn net.Conn) error {
 
 // begin registers a call of Serve or, with a connection, of ServeConn. The context it returns is done when ctx is and
 // when the server has been told to stop.
-func (s *Server) begin(ctx context.Context, conn net.Conn) (_ context.Context, end func(), _ error) {
+func (s *Server) begin(ctx context.Context, c *connection) (_ context.Context, end func(), _ error) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	if s.stopping.Err() != nil {
 		return nil, nil, ErrServerClosed
 	}
 	s.serving.Add(1)
-	if conn != nil {
-		s.conns[conn] = struct{}{}
+	if c != nil {
+		s.conns[c] = struct{}{}
 	}
 	ctx, cancel := context.WithCancel(ctx)
 	detach := context.AfterFunc(s.stopping, cancel)
@@ -214,19 +235,16 @@ func (s *Server) Shutdown(ctx context.Context) error {
 	return errors.Join(errs...)
 }
 
-// Close tells the server to stop and closes every connection at once. Requests that are at work are not waited for:
+// Close tells the server to stop and ends every connection at once. Requests that are at work are not waited for:
 // Serve and ServeConn return when they have ended.
 func (s *Server) Close() error {
 	s.halt()
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	var errs []error
-	for conn := range s.conns {
-		if err := conn.Close(); !errors.Is(err, net.ErrClosed) { // one that ends by itself at this moment
-			errs = append(errs, err)
-		}
+	for c := range s.conns {
+		c.abort()
 	}
-	return errors.Join(errs...)
+	return nil
 }
 
 // halt makes sure that nothing begins any more, and tells what has begun to end.
@@ -236,21 +254,21 @@ func (s *Server) halt() {
 	s.stop()
 }
 
-// negotiate is the handshake under its deadline. The end of ctx ends it at once.
-func (s *Server) negotiate(ctx context.Context, conn net.Conn, in *bufio.Reader) (*choice, error) {
+// negotiate is the handshake under its deadline. The end of ctx ends it at once. It returns the connection to go on with.
+func (s *Server) negotiate(ctx context.Context, conn net.Conn, in *bufio.Reader) (*choice, net.Conn, error) {
 	if err := conn.SetDeadline(time.Now().Add(s.handshakeTimeout)); err != nil {
-		return nil, err
+		return nil, conn, err
 	}
 	interrupt := context.AfterFunc(ctx, func() { _ = conn.SetDeadline(longAgo) })
-	h := handshake{conn: conn, in: in, exports: s.exports}
+	h := handshake{conn: conn, in: in, exports: s.exports, security: s.security}
 	chosen, err := h.negotiate()
 	switch {
 	case !interrupt():
-		return nil, ctx.Err()
+		return nil, h.conn, ctx.Err()
 	case err != nil:
-		return nil, fmt.Errorf("handshake: %w", err)
+		return nil, h.conn, fmt.Errorf("handshake: %w", err)
 	}
-	return chosen, conn.SetDeadline(time.Time{})
+	return chosen, h.conn, conn.SetDeadline(time.Time{})
 }
 
 // isTransient says whether a connection could not be accepted for a reason that may pass.

@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"context"
 	"errors"
+	"fmt"
 	"math/rand/v2"
 	"net"
 	"sync"
@@ -32,10 +33,6 @@ func run(t *testing.T, network string, config nbdexport.Config) *running {
 	r := &running{newServer(t, config), listener.Addr(), cancel, make(chan error, 1)}
 	go func() { r.served <- r.Serve(ctx, listener) }()
 	return r
-}
-
-func offer(b nbdexport.Backend) nbdexport.Config {
-	return nbdexport.Config{Exports: []nbdexport.Export{{Backend: b}}}
 }
 
 // TestShutdown shuts a server down under clients that write as fast as they can. Every write that
@@ -304,7 +301,7 @@ func TestManyConnections(t *testing.T) {
 		all.Go(func() {
 			rng := rand.New(rand.NewPCG(seed, uint64(i)))
 			model := make([]byte, part)
-			client.Go("")
+			client.GoIn(nbdtest.Styles[i%3], "")
 			for n := range 100 {
 				length := 1 + rng.IntN(part)
 				if n%4 != 0 {
@@ -322,7 +319,7 @@ func TestManyConnections(t *testing.T) {
 					}
 				case 2:
 					clear(p)
-					r := nbdtest.Request{Command: nbdtest.CmdWriteZeroes, Offset: at, Length: uint32(length)}
+					r := nbdtest.Request{Command: nbdtest.CmdWriteZeroes, Offset: at, Length: uint64(length)}
 					if _, err := client.Do(r); err != nil {
 						t.Error(err)
 					}
@@ -339,4 +336,56 @@ func TestManyConnections(t *testing.T) {
 		})
 	}
 	all.Wait()
+}
+
+// TestStuckClientsDoNotHoldUpTheEnd stops a server whose clients send requests and take no replies: at once, and in order but
+// with a limit of time.
+func TestStuckClientsDoNotHoldUpTheEnd(t *testing.T) {
+	authority := nbdtest.NewAuthority(t)
+	for _, way := range []string{"unix", "tcp", "TLS"} {
+		for name, end := range map[string]func(*running) error{
+			"Close": func(r *running) error { return r.Close() },
+			"Shutdown": func(r *running) error {
+				ctx, cancel := context.WithTimeout(t.Context(), 50*time.Millisecond)
+				defer cancel()
+				if err := r.Shutdown(ctx); !errors.Is(err, context.DeadlineExceeded) {
+					return fmt.Errorf("Shutdown: %w", err)
+				}
+				return nil
+			},
+		} {
+			t.Run(name+"/"+way, func(t *testing.T) {
+				config, network := secured(authority, true), way
+				config.Exports = offer(newMemory(8 * mib)).Exports
+				if way == "TLS" {
+					network = "tcp"
+				}
+				r := run(t, network, config)
+				for _, style := range nbdtest.Styles {
+					client := nbdtest.Dial(t, r.addr)
+					client.Greet(3)
+					if way == "TLS" {
+						if err := client.StartTLS(authority.Client(0)); err != nil {
+							t.Fatal(err)
+						}
+					}
+					client.Agree(style)
+					client.Choose("")
+					read := nbdtest.Request{Command: nbdtest.CmdRead, Flags: map[bool]uint16{true: nbdtest.FlagDF}[style != nbdtest.Simple], Length: 8 * mib}
+					client.Send(bytes.Repeat(read.EncodeIn(style), 16))
+				}
+				time.Sleep(50 * time.Millisecond) // the replies fill the sockets
+				begin := time.Now()
+				if err := end(r); err != nil {
+					t.Error(err)
+				}
+				if err := <-r.served; err != nil {
+					t.Errorf("Serve: %v", err)
+				}
+				if d := time.Since(begin); d > 3*time.Second {
+					t.Errorf("the end took %v", d)
+				}
+			})
+		}
+	}
 }

@@ -7,7 +7,7 @@ import (
 	"fmt"
 	"io"
 	"net"
-	"time"
+	"sync/atomic"
 )
 
 const (
@@ -16,26 +16,39 @@ const (
 )
 
 // ServeTransmission serves b to a client that negotiates nothing and starts with requests: the kernel's, which gets its
-// end of a socket pair by netlink, with b's size and TransmissionFlags.
+// end of a socket pair by netlink, with b's size and TransmissionFlags. It takes conn over.
 //
 // It returns nil after the client has said goodbye (NBD_CMD_DISC), an error that matches ErrDropped when the
 // connection ended otherwise, and one that matches ErrProtocol when the client broke the protocol. When ctx ends it
-// takes in what the client has sent already (over TCP: what has been received already), answers that, and returns the
-// error of ctx. Closing conn ends it at once, without answers. In every case, when it returns, conn is closed and no
-// request that came in by it touches b any more.
+// takes in what the client has sent already (other than over a unix socket: what has been received already), answers
+// that, and returns the error of ctx. In every case, when it returns, conn is closed and no request that came in by it
+// touches b any more.
 func ServeTransmission(ctx context.Context, conn net.Conn, b Backend) error {
 	info, err := inspect(b)
 	if err != nil {
 		return errors.Join(err, conn.Close())
 	}
-	return serveTransmission(ctx, conn, bufio.NewReaderSize(conn, receiveBuffer), b, info)
+	l := newLink(conn)
+	return serveTransmission(ctx, l, bufio.NewReaderSize(l, receiveBuffer), &choice{export: Export{Backend: b}, info: info})
 }
 
 // serveTransmission is ServeTransmission after a negotiation, which may have read ahead.
-func serveTransmission(ctx context.Context, conn net.Conn, in *bufio.Reader, b Backend, info Info) error {
-	t := &transmission{in: in, out: sender{conn: conn}, backend: b, info: info, batch: make([]byte, 0, receiveBuffer)}
+func serveTransmission(ctx context.Context, l link, in *bufio.Reader, c *choice) error {
+	t := &transmission{
+		in: in, out: sender{link: l}, backend: c.export.Backend, info: c.info, terms: c.terms,
+		requestSize: requestSize, magic: magicRequest, batch: make([]byte, 0, receiveBuffer),
+	}
+	if t.terms.replies == extendedReplies {
+		t.requestSize, t.magic = extendedRequestSize, magicExtendedRequest
+	}
+	if s, ok := l.(*socket); ok {
+		t.socket = s
+		forget := t.backend.WatchSplices(s.unread)
+		defer forget()
+	}
+	t.size.Store(c.info.Size)
 	t.crew = newCrew(t.carryOut)
-	stopWatching := context.AfterFunc(ctx, func() { hangUp(conn) })
+	stopWatching := context.AfterFunc(ctx, l.hangUp)
 	err := t.receive()
 	t.flush()
 	t.crew.dismiss()
@@ -44,10 +57,10 @@ func serveTransmission(ctx context.Context, conn net.Conn, in *bufio.Reader, b B
 	case t.out.err != nil:
 		err = dropped(t.out.err)
 	case err != nil && ctx.Err() != nil && !errors.Is(err, ErrProtocol):
-		linger(conn)
+		l.linger()
 		err = ctx.Err()
 	}
-	conn.Close() // all replies are on their way, or lost
+	_ = l.Close() // all replies are on their way, or lost
 	return err
 }
 
@@ -55,13 +68,18 @@ func serveTransmission(ctx context.Context, conn net.Conn, in *bufio.Reader, b B
 // requests in and checks them. It carries out by itself those that are quickly done, and gives the others to the
 // crew.
 type transmission struct {
-	in      *bufio.Reader
-	out     sender
-	backend Backend
-	info    Info   // Size follows the backend's growth
-	batch   []byte // replies of the receiver's own that are not sent yet
-	pace    pace
-	crew    *crew
+	in          *bufio.Reader
+	out         sender
+	backend     Backend
+	info        Info         // but for the size
+	size        atomic.Int64 // of the export, in bytes, as far as known
+	terms       terms
+	socket      *socket // under out, if it is one
+	requestSize int     // bytes of a request's header
+	magic       uint32  // that it begins with
+	batch       []byte  // replies of the receiver's own that are not sent yet
+	pace        pace
+	crew        *crew
 }
 
 // receive is the life of the receiver. It returns nil when the client has said goodbye, and when no reply can be sent
@@ -75,13 +93,13 @@ func (t *transmission) receive() error {
 		if r.command == cmdDisc {
 			return nil
 		}
-		switch fault := r.verify(&t.info, t.grown); {
+		switch fault := t.verify(&r); {
 		case fault != errnoNone:
-			err = t.refuse(r, fault)
-		case t.quick(r):
-			err = t.handle(r)
+			err = t.refuse(&r, fault)
+		case t.quick(&r):
+			err = t.handle(&r)
 		default:
-			err = t.delegate(r)
+			err = t.delegate(&r)
 		}
 		if err != nil {
 			return err
@@ -92,15 +110,18 @@ func (t *transmission) receive() error {
 
 // next receives the header of the next request.
 func (t *transmission) next() (request, error) {
-	header, err := t.peek(requestSize)
+	header, err := t.peek(t.requestSize)
 	if err != nil {
 		return request{}, err
 	}
-	r := parseRequest(header)
-	if r.magic != magicRequest {
+	r := parseRequest(header, t.terms.replies == extendedReplies)
+	switch {
+	case r.magic != t.magic:
 		return request{}, fmt.Errorf("%w: request magic %#x", ErrProtocol, r.magic)
+	case r.payload() > MaxPayload && t.terms.replies == extendedReplies:
+		return request{}, fmt.Errorf("%w: payload of %d bytes", ErrProtocol, r.payload())
 	}
-	_, err = t.in.Discard(requestSize)
+	_, err = t.in.Discard(t.requestSize)
 	return r, err
 }
 
@@ -113,70 +134,79 @@ func (t *transmission) peek(n int) ([]byte, error) {
 	return b, dropped(err)
 }
 
-// grown returns the size that the backend has now, which may be more than it was.
-func (t *transmission) grown() int64 {
-	t.info.Size = max(t.info.Size, t.backend.Info().Size)
-	return t.info.Size
-}
-
 // refuse answers a request that the backend never sees.
-func (t *transmission) refuse(r request, fault errno) error {
-	if t.in.Buffered() < r.payload() {
-		t.flush()
+func (t *transmission) refuse(r *request, fault errno) error {
+	if n := r.payload(); n > 0 {
+		if uint64(t.in.Buffered()) < n {
+			t.flush()
+		}
+		if _, err := io.CopyN(io.Discard, t.in, int64(n)); err != nil {
+			return dropped(err)
+		}
 	}
-	if _, err := t.in.Discard(r.payload()); err != nil {
-		return dropped(err)
-	}
-	putReplyHeader(t.reserve(0), r.cookie, fault)
+	t.add(t.terms.replies.putOutcome(t.reserve(largestOutcome), r, fault))
 	return nil
 }
 
 // quick says whether the receiver should carry the request out by itself. That costs least, but everything behind the
 // request waits for it. So it does with small reads and writes, when they are usually done in less time than it takes
 // to give them away, or when nothing is behind them.
-func (t *transmission) quick(r request) bool {
+func (t *transmission) quick(r *request) bool {
 	switch {
 	case r.command != cmdRead && r.command != cmdWrite, r.fua(), r.length > inlineLimit:
 		return false
 	case t.pace.fast():
 		return true
 	default:
-		return t.in.Buffered() <= r.payload() && !t.crew.atWork()
+		return uint64(t.in.Buffered()) <= r.payload() && !t.crew.atWork()
 	}
 }
 
 // handle carries a quick request out in the buffers of the connection.
-func (t *transmission) handle(r request) error {
-	data, err := t.peek(r.payload())
+func (t *transmission) handle(r *request) error {
+	if r.command == cmdRead {
+		t.add(t.timed(r, t.reserve(readReplySize(int(r.length)))))
+		return nil
+	}
+	data, err := t.peek(int(r.length))
 	if err != nil {
 		return err
 	}
-	reply := t.reserve(r.answer())
-	if r.command == cmdRead {
-		data = reply[simpleReplySize:]
-	}
+	begin := monotonic()
 	fault := t.apply(r, data)
-	if fault != errnoNone {
-		t.batch = t.batch[:len(t.batch)-r.answer()] // an error carries no data
-	}
-	putReplyHeader(reply, r.cookie, fault)
-	_, err = t.in.Discard(r.payload())
+	t.pace.add(monotonic() - begin)
+	t.add(t.terms.replies.putOutcome(t.reserve(largestOutcome), r, fault))
+	_, err = t.in.Discard(int(r.length))
 	return err
 }
 
+// timed is read that takes note of the time. It returns 0 when the reply is sent already.
+func (t *transmission) timed(r *request, b []byte) int {
+	begin := monotonic()
+	n := 0
+	if !t.spliced(b, r) {
+		n = t.read(b, r)
+	}
+	if r.length <= inlineLimit {
+		t.pace.add(monotonic() - begin)
+	}
+	return n
+}
+
 // delegate gives the request to a worker, after it has received the payload.
-func (t *transmission) delegate(r request) error {
-	n := max(r.payload(), r.answer())
+func (t *transmission) delegate(r *request) error {
+	n := r.room()
 	w := t.crew.tryTake(n)
 	if w == nil {
 		t.flush()
 		w = t.crew.take(n)
 	}
-	w.request = r
-	if r.payload() > t.in.Buffered() {
+	w.request = *r
+	payload := w.buffer.payload(int(r.payload()))
+	if len(payload) > t.in.Buffered() {
 		t.flush()
 	}
-	if _, err := io.ReadFull(t.in, w.buffer.payload(r.payload())); err != nil {
+	if _, err := io.ReadFull(t.in, payload); err != nil {
 		t.crew.release(w)
 		return dropped(err)
 	}
@@ -186,55 +216,40 @@ func (t *transmission) delegate(r request) error {
 
 // carryOut is what a worker does with a request.
 func (t *transmission) carryOut(w *worker) {
-	n := w.answer()
-	fault := t.apply(w.request, w.buffer.payload(w.size))
-	if fault != errnoNone {
-		n = 0
-	}
-	reply := w.buffer.reply(n)
-	putReplyHeader(reply, w.cookie, fault)
-	t.out.send(reply)
-}
-
-// apply lets the backend carry out a request. data is its payload, or the place for that of its reply.
-func (t *transmission) apply(r request, data []byte) errno {
-	off, n := int64(r.offset), int64(r.length)
-	begin := time.Now()
-	var err error
-	switch {
-	case r.command == cmdFlush:
-		return errnoOf(t.backend.Flush())
-	case n == 0: // leaves it to the server what to do; there is nothing to do
-	case r.command == cmdRead:
-		var read int
-		if read, err = t.backend.ReadAt(data, off); read == len(data) {
-			err = nil // io.ReaderAt may report io.EOF with the last byte
+	r := &w.request
+	switch r.command {
+	case cmdRead:
+		reply := w.buffer.reply(t.terms.replies.dataHeaderSize())
+		if n := t.timed(r, reply); n > 0 {
+			t.out.send(reply[:n])
 		}
-	case r.command == cmdWrite:
-		_, err = t.backend.WriteAt(data, off)
-	case r.command == cmdTrim:
-		err = t.backend.Discard(off, n)
-	case r.command == cmdWriteZeroes:
-		err = t.backend.WriteZeroes(off, n, r.flags&commandNoHole == 0)
+	case cmdBlockStatus:
+		t.blockStatus(w)
+	default:
+		begin := monotonic()
+		fault := t.apply(r, w.buffer.payload(int(r.payload())))
+		if r.command == cmdWrite && !r.fua() && r.length <= inlineLimit {
+			t.pace.add(monotonic() - begin)
+		}
+		t.sendOutcome(w, fault)
 	}
-	if n <= inlineLimit && (r.command == cmdRead || r.command == cmdWrite) {
-		t.pace.add(time.Since(begin))
-	}
-	if err == nil && r.fua() && r.command != cmdRead {
-		err = t.backend.Flush()
-	}
-	return errnoOf(err)
 }
 
-// reserve makes room for a reply header and n bytes in the batch.
+// sendOutcome sends a reply without data on its own, from the worker's buffer.
+func (t *transmission) sendOutcome(w *worker, fault errno) {
+	b := w.buffer.reply(0)
+	t.out.send(b[:t.terms.replies.putOutcome(b, &w.request, fault)])
+}
+
+// reserve makes room for n bytes in the batch of replies, where add counts what was used of it.
 func (t *transmission) reserve(n int) []byte {
-	if len(t.batch)+simpleReplySize+n > cap(t.batch) {
+	if cap(t.batch)-len(t.batch) < n {
 		t.flush()
 	}
-	begin := len(t.batch)
-	t.batch = t.batch[:begin+simpleReplySize+n]
-	return t.batch[begin:]
+	return t.batch[len(t.batch):cap(t.batch)]
 }
+
+func (t *transmission) add(n int) { t.batch = t.batch[:len(t.batch)+n] }
 
 // flush sends the batch. The receiver does so before it waits for anything.
 func (t *transmission) flush() {

@@ -30,8 +30,8 @@ const (
 var kubeletDirs = []string{"/var/lib/kubelet", "/var/lib/k0s/kubelet", "/var/snap/microk8s/common/var/lib/kubelet"}
 
 type allOptions struct {
-	endpoint, storageDir, nodeID, driverName, attacher string
-	maxVolumes                                         int64
+	endpoint, storageDir, runDir, nodeID, driverName, attacher string
+	maxVolumes                                                 int64
 }
 
 func newAllCommand() *cobra.Command {
@@ -55,6 +55,7 @@ The log levels (-v): 0 what an operator wants to know, 2 calls that change somet
 	flags := cmd.Flags()
 	flags.StringVar(&o.endpoint, "endpoint", "unix:///csi/csi.sock", "unix socket to serve CSI on")
 	flags.StringVar(&o.storageDir, "storage-dir", "", "existing directory for volumes; an empty one becomes a new pool")
+	flags.StringVar(&o.runDir, "run-dir", defaultRunDir, "directory in memory (tmpfs) for what has to outlive the driver, but not the machine; \"none\" does without")
 	flags.StringVar(&o.nodeID, "node-id", hostname, "name of this node, as Kubernetes knows it")
 	flags.StringVar(&o.driverName, "driver-name", driver.DefaultName, "name of the driver, as StorageClass objects have it")
 	flags.StringVar(&o.attacher, "attacher", attach.Auto, "how images become block devices: auto, nbd or fuse")
@@ -64,12 +65,17 @@ The log levels (-v): 0 what an operator wants to know, 2 calls that change somet
 
 // runAll runs until ctx ends.
 func runAll(ctx context.Context, o allOptions) (err error) {
+	moreThreads()
 	logger := klog.FromContext(ctx)
 	dir, err := storageDirectory(o.storageDir)
 	if err != nil {
 		return err
 	}
-	p, err := pool.Open(ctx, dir)
+	journals, err := openJournals(o.runDir)
+	if err != nil {
+		return err
+	}
+	p, err := pool.Open(ctx, dir, pool.Options{Journals: journals})
 	if err != nil {
 		return err
 	}

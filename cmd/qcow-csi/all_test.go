@@ -50,7 +50,7 @@ func TestAllRefuses(t *testing.T) {
 		t.Fatal(err)
 	}
 	taken := t.TempDir()
-	p, err := pool.Open(t.Context(), taken)
+	p, err := pool.Open(t.Context(), taken, pool.Options{})
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -1,7 +1,6 @@
 package main
 
 import (
-	"bufio"
 	"context"
 	"errors"
 	"fmt"
@@ -20,7 +19,8 @@ import (
 
 // exporting is a running export command.
 type exporting struct {
-	uri    string
+	uri    string             // of the first export
+	said   []string           // one line for each export
 	signal context.CancelFunc // as SIGTERM does
 	ended  chan error
 }
@@ -28,28 +28,40 @@ type exporting struct {
 // startExport runs the export command until it says where it listens, or ends.
 func startExport(t *testing.T, image string, args ...string) (*exporting, error) {
 	t.Helper()
+	e, err := startExports(t, append([]string{image}, args...)...)
+	if err != nil {
+		return nil, err
+	}
+	uri, ok := strings.CutPrefix(e.said[0], image+": ")
+	if !ok {
+		t.Fatalf("export says %q", e.said)
+	}
+	e.uri = uri
+	return e, nil
+}
+
+// startExports is startExport without an image that comes first.
+func startExports(t *testing.T, args ...string) (*exporting, error) {
+	t.Helper()
 	ctx, cancel := context.WithCancel(t.Context())
 	t.Cleanup(cancel)
 	out, stdout := io.Pipe()
 	cmd := newExportCommand()
 	cmd.SilenceErrors, cmd.SilenceUsage = true, true // as the root command does
 	cmd.SetOut(stdout)
-	cmd.SetArgs(append([]string{image}, args...))
+	cmd.SetArgs(args)
 	e := &exporting{signal: cancel, ended: make(chan error, 1)}
 	go func() {
 		err := cmd.ExecuteContext(ctx)
 		e.ended <- err
 		_ = stdout.CloseWithError(err) // never fails
 	}()
-	line, err := bufio.NewReader(out).ReadString('\n')
+	said := make([]byte, 64<<10)
+	n, err := out.Read(said)
 	if err != nil {
 		return nil, <-e.ended
 	}
-	uri, ok := strings.CutPrefix(strings.TrimSpace(line), image+": ")
-	if !ok {
-		t.Fatalf("export says %q", line)
-	}
-	e.uri = uri
+	e.said = strings.Split(strings.TrimSuffix(string(said[:n]), "\n"), "\n")
 	return e, nil
 }
 
@@ -175,7 +187,7 @@ func TestExportRefuses(t *testing.T) {
 		"a long path":              {image, "--socket", filepath.Join(dir, strings.Repeat("x", 108))},
 		"socket and port":          {image, "--socket", filepath.Join(dir, "s"), "--port", "1"},
 		"an address that is not":   {image, "--bind", "192.0.2.1", "--port", "0"},
-		"no clients":               {image, "--max-clients", "0"},
+		"fewer clients than none":  {image, "--max-clients", "-1"},
 		"a bad name":               {image, "--socket", filepath.Join(dir, "s"), "--export-name", "\xff"},
 		"a pid file without place": {image, "--socket", filepath.Join(dir, "s"), "--pid-file", filepath.Join(dir, "nowhere", "pid")},
 	} {

@@ -105,22 +105,6 @@ func openFile(path string, mode storage.Mode) (*storage.OSFile, error) {
 	return storage.Open(resolved, mode)
 }
 
-// withImage runs do on the image at path, which must name no other file, and closes it.
-func withImage(path string, mode storage.Mode, do func(f *storage.OSFile, img *qcow.Image) error) (err error) {
-	f, err := openFile(path, mode)
-	if err != nil {
-		return err
-	}
-	img, err := qcow.Open(f, qcow.Options{ReadOnly: mode == storage.ReadOnly})
-	if err != nil {
-		return fmt.Errorf("%s: %w", path, errors.Join(err, f.Close()))
-	}
-	if err := errors.Join(do(f, img), img.Close()); err != nil {
-		return fmt.Errorf("%s: %w", path, err)
-	}
-	return nil
-}
-
 // passphraseFile is a flag that names a file with a passphrase: on a command line everybody could read it.
 type passphraseFile string
 

@@ -31,13 +31,23 @@ func (l optionList) String() string {
 
 // Set implements pflag.Value. Again it adds to what is there.
 func (l optionList) Set(s string) error {
+	return splitOptions(s, func(name, value string) error {
+		l[name] = value
+		return nil
+	})
+}
+
+// splitOptions calls set with each NAME=VALUE of s.
+func splitOptions(s string, set func(name, value string) error) error {
 	const comma = "\x00"
 	for part := range strings.SplitSeq(strings.ReplaceAll(s, ",,", comma), ",") {
 		name, value, ok := strings.Cut(strings.ReplaceAll(part, comma, ","), "=")
 		if !ok || name == "" {
 			return fmt.Errorf("%q is not of the form NAME=VALUE", part)
 		}
-		l[name] = value
+		if err := set(name, value); err != nil {
+			return err
+		}
 	}
 	return nil
 }

@@ -66,7 +66,7 @@ func crashChild(spec string) error {
 	if err != nil {
 		return err
 	}
-	p, err := open(context.Background(), parts[2], func(op, name string) error {
+	p, err := open(context.Background(), parts[2], Options{}, func(op, name string) error {
 		if fatal--; fatal == 0 {
 			return syscall.Kill(os.Getpid(), syscall.SIGKILL)
 		}

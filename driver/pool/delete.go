@@ -40,6 +40,11 @@ func (p *Pool) Delete(ctx context.Context, id string) (err error) {
 		return fmt.Errorf("delete volume %s: %w", id, err)
 	}
 	p.forget(v)
+	if p.journals != nil && f != nil {
+		if err := p.journals.Remove(f); err != nil {
+			klog.FromContext(ctx).Error(err, "journal of a deleted volume stays until the machine is booted", "volume", id)
+		}
+	}
 	if err := p.dir.remove(p.aside(v)); err != nil {
 		// The volume is gone for good. What is left of it goes when the directory is opened the next time.
 		klog.FromContext(ctx).Error(err, "space of a deleted volume is not free yet", "volume", id)

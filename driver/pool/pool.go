@@ -14,6 +14,8 @@ import (
 
 	"golang.org/x/sys/unix"
 	"k8s.io/klog/v2"
+
+	"github.com/qcow-csi/qcow-csi/qcow/storage"
 )
 
 // Pool is a storage directory, served by this process. Its methods may be called concurrently.
@@ -21,6 +23,8 @@ type Pool struct {
 	id   string
 	dir  *directory
 	lock *os.File
+
+	journals *storage.Journals // nil: there are none
 
 	mu       sync.Mutex // guards what follows and the marked fields of every volume
 	closed   bool
@@ -34,15 +38,22 @@ type Pool struct {
 // Open serves the storage directory dir, which must exist. An empty one becomes a pool. It removes what a crash has
 // left half done, and reads all volumes; damaged ones are logged and kept. ErrBusy: another process serves it.
 // ErrInvalid: it holds something else.
-func Open(ctx context.Context, dir string) (*Pool, error) { return open(ctx, dir, nil) }
+func Open(ctx context.Context, dir string, o Options) (*Pool, error) { return open(ctx, dir, o, nil) }
 
-func open(ctx context.Context, name string, step func(op, name string) error) (_ *Pool, err error) {
+// Options say how to use a pool.
+type Options struct {
+	// Journals, unless nil, is where acknowledged writes are kept until they are durable, for the case that this process dies; see
+	// [qcow.Options]. Without it they are made durable first.
+	Journals *storage.Journals
+}
+
+func open(ctx context.Context, name string, o Options, step func(op, name string) error) (_ *Pool, err error) {
 	dir, err := openDirectory(name)
 	if err != nil {
 		return nil, err
 	}
 	dir.step = step
-	p := &Pool{dir: dir, volumes: map[string]*volume{}, names: map[string]*volume{}, building: map[string]chan struct{}{}}
+	p := &Pool{dir: dir, journals: o.Journals, volumes: map[string]*volume{}, names: map[string]*volume{}, building: map[string]chan struct{}{}}
 	if p.lock, err = dir.lock(); err != nil {
 		return nil, errors.Join(err, dir.Close())
 	}

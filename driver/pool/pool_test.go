@@ -20,7 +20,7 @@ const mebibyte = 1 << 20
 // openPool opens dir for the length of the test. At its end every image that the pool can use is clean.
 func openPool(t *testing.T, dir string) *Pool {
 	t.Helper()
-	p, err := Open(t.Context(), dir)
+	p, err := Open(t.Context(), dir, Options{})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -156,7 +156,7 @@ func TestPoolIsWhatTheDirectoryHolds(t *testing.T) {
 func TestOneProcessPerDirectory(t *testing.T) {
 	dir := t.TempDir()
 	p := openPool(t, dir)
-	_, err := Open(t.Context(), dir)
+	_, err := Open(t.Context(), dir, Options{})
 	wantClass(t, err, ErrBusy)
 	if err == nil || !strings.Contains(err.Error(), "another process serves the storage directory "+dir) {
 		t.Errorf("unclear: %v", err)
@@ -196,7 +196,7 @@ func TestOpenRefuses(t *testing.T) {
 			dir := t.TempDir()
 			c.prepare(t, dir)
 			before := tree(t, dir)
-			p, err := Open(t.Context(), dir)
+			p, err := Open(t.Context(), dir, Options{})
 			if err == nil {
 				t.Fatal(errors.Join(errors.New("opened"), p.Close()))
 			}
@@ -215,12 +215,12 @@ func TestOpenRefuses(t *testing.T) {
 		if err := os.WriteFile(path, nil, 0o600); err != nil {
 			t.Fatal(err)
 		}
-		if _, err := Open(t.Context(), path); err == nil {
+		if _, err := Open(t.Context(), path, Options{}); err == nil {
 			t.Error("opened")
 		}
 	})
 	t.Run("nothing", func(t *testing.T) {
-		_, err := Open(t.Context(), filepath.Join(t.TempDir(), "absent"))
+		_, err := Open(t.Context(), filepath.Join(t.TempDir(), "absent"), Options{})
 		wantClass(t, err, fs.ErrNotExist)
 	})
 }
@@ -329,7 +329,7 @@ func TestRestoredWithoutEmptyDirectories(t *testing.T) {
 	if err := errors.Join(p.Close(), os.Rename(filepath.Join(dir, volumesDir), filepath.Join(dir, "elsewhere"))); err != nil {
 		t.Fatal(err)
 	}
-	_, err := Open(t.Context(), dir) // all volumes gone is another matter
+	_, err := Open(t.Context(), dir, Options{}) // all volumes gone is another matter
 	wantClass(t, err, fs.ErrNotExist)
 }
 

@@ -105,7 +105,7 @@ func (p *Pool) grow(ctx context.Context, v *volume, size int64) (_ int64, err er
 		err := v.live.image.Resize(ctx, size)
 		return v.live.image.Size(), err
 	}
-	image, err := p.openImage(v, false)
+	image, err := p.openImage(ctx, v, false)
 	if err != nil {
 		return v.size, err
 	}

@@ -71,7 +71,7 @@ func testWriteZeroes(t *testing.T, b nbdexport.Backend) {
 		{5<<20 - 7, 1 << 20, false},
 		{BackendSize - 1, 1, true},
 	} {
-		if err := b.WriteZeroes(int64(r.off), int64(r.n), r.mayUnmap); err != nil {
+		if err := b.WriteZeroes(int64(r.off), int64(r.n), nbdexport.Zeroing{MayUnmap: r.mayUnmap}); err != nil {
 			t.Errorf("WriteZeroes(%d, %d, %t): %v", r.off, r.n, r.mayUnmap, err)
 		}
 		clear(model[r.off:][:r.n])
@@ -117,7 +117,7 @@ func testModel(t *testing.T, b nbdexport.Backend) {
 			put(t, b, off, p)
 		case 3:
 			clear(p)
-			if err := b.WriteZeroes(int64(off), int64(n), rng.IntN(2) == 0); err != nil {
+			if err := b.WriteZeroes(int64(off), int64(n), nbdexport.Zeroing{MayUnmap: rng.IntN(2) == 0}); err != nil {
 				t.Errorf("WriteZeroes: %v", err)
 			}
 		case 4:

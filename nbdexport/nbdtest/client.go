@@ -3,11 +3,13 @@ package nbdtest
 import (
 	"bytes"
 	"encoding/binary"
+	"errors"
 	"fmt"
 	"io"
 	"net"
-	"syscall"
+	"os"
 	"testing"
+	"time"
 )
 
 // Client is one end of a connection to a server. Its methods fail the test when the connection breaks or when the
@@ -16,48 +18,10 @@ import (
 // A client is used by one goroutine at a time.
 type Client struct {
 	net.Conn
+	Ledger
 	tb     testing.TB
 	cookie uint64
 }
-
-// Numbers of the protocol, for tests that build messages themselves.
-const (
-	OptExportName = 1
-	OptAbort      = 2
-	OptList       = 3
-	OptStartTLS   = 5
-	OptInfo       = 6
-	OptGo         = 7
-
-	RepAck        = 1
-	RepServer     = 2
-	RepInfo       = 3
-	RepErrUnsup   = 1<<31 | 1
-	RepErrInvalid = 1<<31 | 3
-	RepErrUnknown = 1<<31 | 6
-	RepErrTooBig  = 1<<31 | 9
-
-	InfoExport      = 0
-	InfoName        = 1
-	InfoDescription = 2
-	InfoBlockSize   = 3
-
-	CmdRead        = 0
-	CmdWrite       = 1
-	CmdDisc        = 2
-	CmdFlush       = 3
-	CmdTrim        = 4
-	CmdCache       = 5
-	CmdWriteZeroes = 6
-	CmdBlockStatus = 7
-
-	FlagFUA    = 1 << 0
-	FlagNoHole = 1 << 1
-	FlagDF     = 1 << 2
-
-	RequestMagic = 0x25609513
-	OptionMagic  = 0x49484156454F5054
-)
 
 // NewClient returns a client for the connection, which it closes at the end of the test.
 func NewClient(tb testing.TB, conn net.Conn) *Client {
@@ -98,9 +62,18 @@ func Message(parts ...any) []byte {
 	return b.Bytes()
 }
 
+// patience is how long a server may take to answer. Tests that wait for nothing fail instead of hanging.
+const patience = 20 * time.Second
+
+// expecting limits how long the next receiving may take.
+func (c *Client) expecting() {
+	_ = c.SetReadDeadline(time.Now().Add(patience)) // fails only if the connection has ended, and then nothing waits
+}
+
 // Receive returns the next n bytes.
 func (c *Client) Receive(n int) []byte {
 	c.tb.Helper()
+	c.expecting()
 	b := make([]byte, n)
 	if got, err := io.ReadFull(c, b); err != nil {
 		c.tb.Fatalf("receive: %d of %d bytes, then %v", got, n, err)
@@ -111,9 +84,10 @@ func (c *Client) Receive(n int) []byte {
 // ReceiveEnd fails the test unless the server closes the connection without sending anything more.
 func (c *Client) ReceiveEnd() {
 	c.tb.Helper()
+	c.expecting()
 	var b [1]byte
-	if n, err := c.Read(b[:]); n != 0 || err == nil {
-		c.tb.Fatalf("received byte %#x, want the end of the connection", b[0])
+	if n, err := c.Read(b[:]); n != 0 || err == nil || errors.Is(err, os.ErrDeadlineExceeded) {
+		c.tb.Fatalf("received byte %#x (%v), want the end of the connection", b[0], err)
 	}
 }
 
@@ -151,7 +125,7 @@ func (c *Client) ReceiveOptionReplies(option uint32) []OptionReply {
 		magic, to := binary.BigEndian.Uint64(header), binary.BigEndian.Uint32(header[8:])
 		r := OptionReply{Type: binary.BigEndian.Uint32(header[12:])}
 		length := binary.BigEndian.Uint32(header[16:])
-		if magic != 0x3e889045565a9 || to != option || length > 1<<20 {
+		if magic != OptionReplyMagic || to != option || length > 1<<20 {
 			c.tb.Fatalf("reply header % x to option %d", header, option)
 		}
 		r.Data = c.Receive(int(length))
@@ -204,83 +178,91 @@ func (c *Client) Info(option uint32, name string, items ...uint16) (Export, uint
 // Go negotiates from the greeting up to the transmission phase.
 func (c *Client) Go(name string) Export {
 	c.tb.Helper()
+	return c.GoIn(Simple, name)
+}
+
+// GoIn is Go with a style, and with metadata contexts.
+func (c *Client) GoIn(s Style, name string, contexts ...string) Export {
+	c.tb.Helper()
 	c.Greet(3)
+	c.Agree(s)
+	if len(contexts) > 0 {
+		c.SetContexts(name, contexts...)
+	}
+	return c.Choose(name)
+}
+
+// Choose enters the transmission phase.
+func (c *Client) Choose(name string) Export {
+	c.tb.Helper()
 	e, final := c.Info(OptGo, name, InfoBlockSize)
 	if final != RepAck {
 		c.tb.Fatalf("export %q: reply %#x", name, final)
 	}
+	if sizes := e.Infos[InfoBlockSize]; len(sizes) == 12 {
+		c.Block = uint64(binary.BigEndian.Uint32(sizes))
+	}
 	return e
 }
 
-// Request is a request as it goes over the wire. The zero value of Magic stands for the right one.
-type Request struct {
-	Magic   uint32
-	Flags   uint16
-	Command uint16
-	Cookie  uint64
-	Offset  uint64
-	Length  uint32
-	Payload []byte
-}
-
-// Encode returns the bytes of the request.
-func (r Request) Encode() []byte {
-	magic := r.Magic
-	if magic == 0 {
-		magic = RequestMagic
-	}
-	return Message(magic, r.Flags, r.Command, r.Cookie, r.Offset, r.Length, r.Payload)
-}
-
-// ReceiveReply returns the cookie and the error of the next reply, and the data that follows unless there is an
-// error. The number of bytes depends on the request, so the caller says it for the cookie.
-func (c *Client) ReceiveReply(length func(cookie uint64) int) (cookie uint64, data []byte, err error) {
+// Post sends requests to which replies are due.
+func (c *Client) Post(requests ...Request) {
 	c.tb.Helper()
-	header := c.Receive(16)
-	if magic := binary.BigEndian.Uint32(header); magic != 0x67446698 {
-		c.tb.Fatalf("reply header % x", header)
+	var b []byte
+	for _, r := range requests {
+		c.Expect(r)
+		b = append(b, r.EncodeIn(c.Style)...)
 	}
-	cookie = binary.BigEndian.Uint64(header[8:])
-	if number := binary.BigEndian.Uint32(header[4:]); number != 0 {
-		return cookie, nil, syscall.Errno(number)
-	}
-	return cookie, c.Receive(length(cookie)), nil
+	c.Send(b)
 }
 
-// Do sends one request and waits for its reply. It sets the cookie.
-func (c *Client) Do(r Request) ([]byte, error) {
+// Await returns the next reply that is whole.
+func (c *Client) Await() *Reply {
+	c.tb.Helper()
+	c.expecting()
+	reply, err := c.Ledger.Await(c)
+	if err != nil {
+		c.tb.Fatal(err)
+	}
+	return reply
+}
+
+// Exchange sends one request and waits for its reply. It sets the cookie.
+func (c *Client) Exchange(r Request) *Reply {
 	c.tb.Helper()
 	c.cookie++
 	r.Cookie = c.cookie
-	c.Send(r.Encode())
-	cookie, data, err := c.ReceiveReply(func(uint64) int {
-		if r.Command == CmdRead {
-			return int(r.Length)
-		}
-		return 0
-	})
-	if cookie != r.Cookie {
-		c.tb.Fatalf("reply to %d, want one to %d", cookie, r.Cookie)
+	c.Post(r)
+	reply := c.Await()
+	if reply.Cookie != r.Cookie {
+		c.tb.Fatalf("reply to %d, want one to %d", reply.Cookie, r.Cookie)
 	}
-	return data, err
+	return reply
+}
+
+// Do is Exchange for who wants the data only.
+func (c *Client) Do(r Request) ([]byte, error) {
+	c.tb.Helper()
+	reply := c.Exchange(r)
+	return reply.Data, reply.Err
 }
 
 // ReadBytes reads n bytes at off.
 func (c *Client) ReadBytes(off uint64, n int) ([]byte, error) {
 	c.tb.Helper()
-	return c.Do(Request{Command: CmdRead, Offset: off, Length: uint32(n)})
+	return c.Do(Request{Command: CmdRead, Offset: off, Length: uint64(n)})
 }
 
 // WriteBytes writes p at off.
 func (c *Client) WriteBytes(off uint64, p []byte) error {
 	c.tb.Helper()
-	_, err := c.Do(Request{Command: CmdWrite, Offset: off, Length: uint32(len(p)), Payload: p})
+	_, err := c.Do(Request{Command: CmdWrite, Offset: off, Length: uint64(len(p)), Payload: p})
 	return err
 }
 
 // Disconnect says goodbye and waits until the server has closed the connection.
 func (c *Client) Disconnect() {
 	c.tb.Helper()
-	c.Send(Request{Command: CmdDisc}.Encode())
+	c.Send(Request{Command: CmdDisc}.EncodeIn(c.Style))
 	c.ReceiveEnd()
 }

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"os"
 	"os/exec"
+	"path/filepath"
 	"strings"
 	"sync"
 	"syscall"
@@ -49,7 +50,7 @@ func (l *log) String() string {
 // start starts the program and waits until it answers.
 func (s *server) start(ctx context.Context, program, socket, storage, attacher string) error {
 	cmd := exec.Command(program, "all", "--endpoint", "unix://"+socket, "--storage-dir", storage,
-		"--node-id", "demo", "--attacher", attacher, "-v", "4")
+		"--run-dir", filepath.Dir(socket), "--node-id", "demo", "--attacher", attacher, "-v", "4")
 	cmd.Stderr = &s.log
 	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true} // Ctrl-C ends the demo, which needs the driver to clean up
 	if err := cmd.Start(); err != nil {

@@ -35,7 +35,7 @@ func build(t *testing.T) string {
 func start(t *testing.T, path, storage string) *program {
 	t.Helper()
 	p := &program{endpoint: "unix://" + filepath.Join(t.TempDir(), "csi.sock")}
-	cmd := exec.Command(path, "all", "--endpoint", p.endpoint, "--storage-dir", storage, "--node-id", "node-1",
+	cmd := exec.Command(path, "all", "--endpoint", p.endpoint, "--storage-dir", storage, "--run-dir", t.TempDir(), "--node-id", "node-1",
 		"--driver-name", fmt.Sprintf("test-%d.qcow-csi.io", os.Getpid()), "--attacher", "fuse", "-v", "4")
 	stderr, err := cmd.StderrPipe()
 	if err != nil {

@@ -71,7 +71,7 @@ func TestForReal(t *testing.T) {
 func startFakes(t *testing.T) string {
 	t.Helper()
 	klog.SetSlogLogger(slog.New(slog.DiscardHandler))
-	p, err := pool.Open(t.Context(), t.TempDir())
+	p, err := pool.Open(t.Context(), t.TempDir(), pool.Options{})
 	if err != nil {
 		t.Fatal(err)
 	}

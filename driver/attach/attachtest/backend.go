@@ -3,6 +3,7 @@ package attachtest
 import (
 	"errors"
 	"fmt"
+	"iter"
 	"sync"
 	"testing"
 
@@ -103,8 +104,34 @@ func (b *Backend) WriteAt(p []byte, off int64) (int, error) {
 	return b.transfer(Write, p, off, func(data []byte) { copy(data, p) })
 }
 
+// ReadExtent implements [nbdexport.Backend].
+func (b *Backend) ReadExtent(p []byte, off int64) (int, bool, error) {
+	n, err := b.ReadAt(p, off)
+	return n, false, err
+}
+
+// Splice implements [nbdexport.Backend]. It moves nothing.
+func (b *Backend) Splice(int, int64, int) (int, error) { return 0, nil }
+
+// WatchSplices implements [nbdexport.Backend]. There is nothing to watch.
+func (b *Backend) WatchSplices(func() bool) (forget func()) { return func() {} }
+
+// WriteSync implements [nbdexport.Backend].
+func (b *Backend) WriteSync(p []byte, off int64) (int, error) {
+	n, err := b.WriteAt(p, off)
+	if err == nil {
+		err = b.Flush()
+	}
+	return n, err
+}
+
+// Extents implements [nbdexport.Backend]. No attacher asks for it.
+func (b *Backend) Extents(string, int64, int64) iter.Seq2[nbdexport.Extent, error] {
+	return func(yield func(nbdexport.Extent, error) bool) { yield(nbdexport.Extent{}, errors.ErrUnsupported) }
+}
+
 // WriteZeroes implements [nbdexport.Backend].
-func (b *Backend) WriteZeroes(off, n int64, _ bool) error {
+func (b *Backend) WriteZeroes(off, n int64, _ nbdexport.Zeroing) error {
 	return b.do(WriteZeroes, off, n, func(data []byte) { clear(data) })
 }
 

@@ -207,10 +207,10 @@ func (e *export) Fallocate(_ <-chan struct{}, in *fuse.FallocateIn) fuse.Status 
 	}
 	switch in.Mode &^ unix.FALLOC_FL_KEEP_SIZE {
 	case unix.FALLOC_FL_PUNCH_HOLE:
-		err := e.backend.WriteZeroes(int64(in.Offset), int64(in.Length), true)
+		err := e.backend.WriteZeroes(int64(in.Offset), int64(in.Length), nbdexport.Zeroing{MayUnmap: true})
 		return e.status(err, "discard", in.Offset, int(in.Length))
 	case unix.FALLOC_FL_ZERO_RANGE:
-		err := e.backend.WriteZeroes(int64(in.Offset), int64(in.Length), false)
+		err := e.backend.WriteZeroes(int64(in.Offset), int64(in.Length), nbdexport.Zeroing{})
 		return e.status(err, "write zeroes", in.Offset, int(in.Length))
 	default:
 		return fuse.Status(syscall.EOPNOTSUPP)

@@ -136,7 +136,7 @@ func (v *volume) attach() {
 		v.must(errors.Join(err, f.Close()))
 	}
 	v.image = image
-	v.device, err = v.attacher.Attach(v.ctx, attach.Request{VolumeID: "v", Backend: nbdexport.NewImageBackend(image)})
+	v.device, err = v.attacher.Attach(v.ctx, attach.Request{VolumeID: "v", Backend: nbdexport.NewImageBackend(image, nbdexport.ImageOptions{})})
 	v.must(err)
 }
 
