@@ -16,6 +16,8 @@ ENUMERATED = $(filter $(if $(filter ./...,$(PKG)),%,$(PKG:/...=)),./qcow ./test/
 ENUMERATE = $(if $(ENUMERATED),$(GO) test -timeout $(TIMEOUT) -json -run '^Test(Crash|Fault|Matrix)' $(ENUMERATED),true)
 # A file of tests that must run, for `make test`; see test/summary.
 REQUIRED ?=
+# Flags of test/bench, such as -full, -workloads 'random read' or -help.
+BENCH ?=
 VERSION ?= $(shell git describe --tags --always --dirty 2>/dev/null || echo dev)
 IMAGE ?= qcow-csi:$(VERSION)
 
@@ -68,9 +70,14 @@ fuzz: ## Run every fuzz target for FUZZTIME each
 	done
 
 .PHONY: bench
-bench: ## Measure against qemu-nbd on this machine
-	@$(ENSURE) test >/dev/null
-	$(GO) run ./test/bench
+bench: ## Measure against QEMU's and nbdkit's servers in 15 minutes; BENCH has flags
+	@$(ENSURE) bench >/dev/null
+	$(GO) run ./test/bench $(BENCH)
+
+.PHONY: bench-full
+bench-full: ## Measure all that bench can, for hours, and put it into docs/benchmarks.md
+	@mkdir -p bin
+	@$(MAKE) --no-print-directory bench BENCH='-full -json bin/bench.json -markdown docs/benchmarks.md -svg docs/benchmarks.svg'
 
 .PHONY: lint
 lint: ## Check format, imports, style, module files and scripts

@@ -1,11 +1,10 @@
-// Command bench compares qcow-csi export with qemu-nbd: the same images, the same client (fio with ioengine=nbd over
-// a unix socket), one after the other in turns, so that what else the machine does hits both. It prints the machine,
-// the command lines, and of each workload the medians of all rounds with their ratio, as a table or as JSON.
+// Command bench compares qcow-csi export with the NBD servers of QEMU and nbdkit, and with no server at all: the same images,
+// the same clients over a unix socket, one after the other in turns, so that what else the machine does hits all of them.
+// docs/benchmarks.md says what is measured, why, and how to read it.
 //
-// It measures and never judges: how fast a machine is fails no build. The images are kept in memory, so that it
-// compares the servers, not disks. The client is a part of every figure: no server can be faster than fio.
+// It measures and never judges: how fast a machine is fails no build. What does not work at all fails it.
 //
-// It needs qemu-img, qemu-nbd and fio.
+// It needs qemu-img, and leaves out servers and clients whose programs are not there.
 package main
 
 import (
@@ -17,103 +16,144 @@ import (
 	"os/exec"
 	"os/signal"
 	"path/filepath"
-	"strings"
 	"time"
+
+	"golang.org/x/sys/unix"
 )
 
 func main() {
-	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt)
-	err := run(ctx)
+	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, unix.SIGTERM)
+	err := run(ctx, os.Args[1:])
 	stop()
-	if err != nil {
+	if err != nil && !errors.Is(err, flag.ErrHelp) {
 		fmt.Fprintln(os.Stderr, "bench:", err)
 		os.Exit(1)
 	}
 }
 
-func run(ctx context.Context) (err error) {
-	rounds := flag.Int("rounds", 3, "measurements of which the median is taken, if --limit leaves time")
-	runtime := flag.Duration("runtime", 2*time.Second, "of one measurement, in whole seconds")
-	limit := flag.Duration("limit", 150*time.Second, "no round begins that would probably end later than this")
-	only := flag.String("only", "", "measure only the workloads whose name contains this")
-	asJSON := flag.Bool("json", false, "print JSON")
-	dir := flag.String("dir", "", "directory for images, about 2 GiB; default: a temporary one")
-	flag.Parse()
-	if *rounds < 1 || *runtime < time.Second || flag.NArg() > 0 {
-		return errors.New("see --help")
+func run(ctx context.Context, args []string) error {
+	if len(args) > 0 && args[0] == hostCommand {
+		return host(args[1:])
 	}
-	for _, tool := range []string{"fio", "qemu-img", "qemu-nbd"} {
-		if _, err := exec.LookPath(tool); err != nil {
-			return err
-		}
-	}
-	work, err := os.MkdirTemp(*dir, "qcow-csi-bench")
+	o, err := parseOptions(args)
 	if err != nil {
 		return err
+	}
+	var r *report
+	if o.from != "" {
+		r, err = readReport(o.from)
+	} else {
+		r, err = take(ctx, o)
+	}
+	if err != nil {
+		return err
+	}
+	return present(r, o)
+}
+
+// present writes the report in every form that was asked for.
+func present(r *report, o *options) error {
+	var errs []error
+	if o.json == "-" {
+		errs = append(errs, r.writeJSON(os.Stdout))
+	} else {
+		errs = append(errs, r.writeText(os.Stdout))
+	}
+	if o.svg != "" {
+		errs = append(errs, os.WriteFile(o.svg, []byte(r.chart()), 0o644))
+	}
+	if o.markdown != "" {
+		errs = append(errs, r.writeMarkdown(o.markdown))
+	}
+	if failures := r.failures(); len(failures) > 0 && o.from == "" {
+		errs = append(errs, fmt.Errorf("%d measurements were not possible, the first: %s", len(failures), failures[0]))
+	}
+	return errors.Join(errs...)
+}
+
+// take measures.
+func take(ctx context.Context, o *options) (_ *report, err error) {
+	work, err := os.MkdirTemp(o.dir, "qcow-csi-bench")
+	if err != nil {
+		return nil, err
 	}
 	defer func() { err = errors.Join(err, os.RemoveAll(work)) }()
 
-	binary := filepath.Join(work, "qcow-csi")
-	if _, err := output(ctx, "go", "build", "-o", binary, "github.com/qcow-csi/qcow-csi/cmd/qcow-csi"); err != nil {
-		return err
+	r := &report{
+		Date: time.Now().UTC().Format(time.DateOnly), Machine: describeMachine(ctx),
+		Runtime: o.runtime.Seconds(), Copied: o.copySize,
 	}
-	images, err := newImages(ctx, work)
+	r.choose(o)
+	if len(r.Servers) == 0 || len(r.Rows) == 0 {
+		return nil, errors.New("there is nothing to measure: see --help")
+	}
+	l := &laboratory{options: o, socket: filepath.Join(work, "nbd.sock"), programs: map[string]string{}}
+	for program, source := range map[string]string{"qcow-csi": "cmd/qcow-csi", "load": "test/load"} {
+		l.programs[program] = filepath.Join(work, program)
+		_, err := output(ctx, "go", "build", "-o", l.programs[program], "github.com/qcow-csi/qcow-csi/"+source)
+		if err != nil {
+			return nil, err
+		}
+	}
+	if o.idle > 0 {
+		if r.Idle, err = measureIdle(ctx, o.idle, work); err != nil {
+			return nil, fmt.Errorf("idle exports: %w", err)
+		}
+	}
+	progress("making images")
+	copyDir, remove, err := chooseCopyDir(o, work)
 	if err != nil {
-		return err
+		return nil, err
 	}
-	defer func() { err = errors.Join(err, images.close()) }()
-
-	socket := filepath.Join(work, "nbd.sock")
-	r := report{
-		Machine: describeMachine(ctx),
-		Runtime: runtime.Seconds(),
-		Servers: []server{
-			{Name: "qcow-csi", Command: []string{binary, "export", "--socket", socket, "--persistent"}},
-			{Name: "qemu-nbd", Command: []string{"qemu-nbd", "--format=qcow2", "--socket=" + socket, "--persistent"}},
-		},
-		Notes: images.notes,
+	defer func() { err = errors.Join(err, remove()) }()
+	l.images, err = newImages(ctx, o, work, copyDir, r.Servers, r.Rows)
+	defer func() { err = errors.Join(err, l.images.close()) }()
+	if err != nil {
+		return nil, err
 	}
-	for _, w := range workloads {
-		if !strings.Contains(w.Name, *only) {
-			continue
-		}
-		r.Rows = append(r.Rows, row{
-			Workload: w,
-			Command:  w.fio(socket, *runtime),
-			Samples:  make([][]sample, len(r.Servers)),
-		})
-	}
-	begin := time.Now()
-	for round := range *rounds {
-		if spent := time.Since(begin); round > 0 && spent+spent/time.Duration(round) > *limit {
-			break
-		}
-		r.Rounds = round + 1
-		for i := range r.Rows {
-			row := &r.Rows[i]
-			for turn := range r.Servers {
-				which := (turn + round) % len(r.Servers) // who is first takes turns, too
-				fmt.Fprintf(os.Stderr, "\rround %d of %d: %-24s %-10s", round+1, *rounds, row.Workload.Name, r.Servers[which].Name)
-				s, err := measure(ctx, r.Servers[which], images, row, socket)
-				if err != nil {
-					return fmt.Errorf("%s, %s: %w", r.Servers[which].Name, row.Workload.Name, err)
-				}
-				row.Samples[which] = append(row.Samples[which], s)
-			}
-		}
-	}
-	fmt.Fprintln(os.Stderr)
-	if *asJSON {
-		return r.writeJSON(os.Stdout)
-	}
-	return r.writeTable(os.Stdout)
+	r.Notes = append(r.Notes, l.images.notes...)
+	return r, r.measureAll(ctx, l)
 }
 
-// output runs a program and returns what it writes; the error has what it writes to stderr.
-func output(ctx context.Context, name string, args ...string) ([]byte, error) {
-	out, err := exec.CommandContext(ctx, name, args...).Output()
-	if exit := (*exec.ExitError)(nil); errors.As(err, &exit) {
-		err = fmt.Errorf("%s: %w: %s", name, err, exit.Stderr)
+// choose decides what is measured: what the options ask for, without that for which a program is missing.
+func (r *report) choose(o *options) {
+	there := func(program string) bool {
+		_, err := exec.LookPath(program)
+		return err == nil
 	}
-	return out, err
+	for _, s := range newServers(o.imageSize) {
+		switch {
+		case !o.chosen(s):
+		case s.Family != ours && s.Family != limit && !there(s.program()):
+			r.Notes = append(r.Notes, "no "+s.Name+": there is no program "+s.program())
+		default:
+			r.Servers = append(r.Servers, s)
+		}
+	}
+	missing := map[string]bool{"fio": !there("fio"), "nbdcopy": !there("nbdcopy")}
+	noted := map[string]bool{}
+	for _, row := range newRows(o, r.Servers) {
+		if !missing[row.Client] {
+			r.Rows = append(r.Rows, row)
+		} else if !noted[row.Client] {
+			noted[row.Client] = true
+			r.Notes = append(r.Notes, "no rows of "+row.Client+": there is no such program")
+		}
+	}
+}
+
+// chooseCopyDir returns the folder for what nbdcopy reads and writes: the memory, if that has room for the source in both formats
+// and for a copy besides all other images.
+func chooseCopyDir(o *options, work string) (dir string, remove func() error, err error) {
+	const memoryDir = "/dev/shm"
+	const spareMemory = 2 << 30 // bytes, for fresh images and everything else
+	parent := o.copyDir
+	if parent == "" {
+		parent = work
+		if info, err := os.Stat(memoryDir); err == nil && info.IsDir() && availableMemory() > 2*o.copySize+8*o.imageSize+spareMemory {
+			parent = memoryDir
+		}
+	}
+	dir, err = os.MkdirTemp(parent, "qcow-csi-bench")
+	return dir, func() error { return os.RemoveAll(dir) }, err
 }

@@ -4,95 +4,119 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"net"
-	"os"
 	"os/exec"
-	"slices"
+	"path/filepath"
 	"strings"
 	"time"
-
-	"golang.org/x/sys/unix"
 )
-
-// server is one of those compared.
-type server struct {
-	Name    string   `json:"name"`
-	Command []string `json:"command"` // the image comes last
-}
 
 // sample is the outcome of one measurement.
 type sample struct {
-	Value float64 `json:"value"` // in the unit of the workload
-	CPU   float64 `json:"cpu"`   // of the server, in microseconds for one I/O
+	Value float64 `json:"value"`         // in the unit of the workload
+	CPU   float64 `json:"cpu,omitempty"` // of the server, in microseconds for one I/O
+	P50   float64 `json:"p50,omitempty"` // latency in microseconds
+	P99   float64 `json:"p99,omitempty"`
+	Idle  memory  `json:"idle"` // of the server, before the load
+	End   memory  `json:"end"`  // of the server, after the load
 }
 
-// measure serves an image, lets the client work, and ends the server in order.
-func measure(ctx context.Context, s server, images *images, r *row, socket string) (_ sample, err error) {
-	image, done, err := images.open(ctx, r.Workload.image, s.Name)
+// patience is how much longer than its runtime a client may take before its server counts as hanging. nbdcopy has no runtime.
+const patience = 5 * time.Minute
+
+// laboratory has what measurements need.
+type laboratory struct {
+	*options
+	images   *images
+	socket   string
+	programs map[string]string // paths of what was built, by name
+}
+
+// place puts paths into a command line of a row.
+func (l *laboratory) place(r *row, command []string, image string) []string {
+	placed := make([]string, len(command))
+	replacer := strings.NewReplacer(imagePlace, image, socketPlace, l.socket, aioPlace, r.aio())
+	for i, word := range command {
+		placed[i] = replacer.Replace(word)
+	}
+	if path, ok := l.programs[placed[0]]; ok {
+		placed[0] = path
+	}
+	return placed
+}
+
+// measure serves an image, lets the client work, and ends the server.
+func (l *laboratory) measure(ctx context.Context, r *row, s server) (_ sample, err error) {
+	image, file, done, err := l.images.open(ctx, r.Workload, s)
 	if err != nil {
 		return sample{}, err
 	}
 	defer func() { err = errors.Join(err, done()) }()
 
-	serving, err := start(ctx, append(slices.Clip(s.Command), image), socket)
+	client := l.place(r, r.client(l.options, s), image)
+	for i, word := range client {
+		if word == filePlace {
+			client[i] = file
+		}
+	}
+	work := func() (figures, error) {
+		ctx, cancel := context.WithTimeout(ctx, l.runtime+patience)
+		defer cancel()
+		begin := time.Now()
+		out, err := output(ctx, client[0], client[1:]...)
+		if err != nil {
+			return figures{}, err
+		}
+		return parseClient(r.Client, out, l.copySize, time.Since(begin))
+	}
+	if s.Family == limit {
+		f, err := work()
+		return sample{Value: r.Workload.value(f), P50: f.P50, P99: f.P99}, err
+	}
+	serving, err := start(ctx, l.place(r, s.Command, image), l.socket)
 	if err != nil {
 		return sample{}, err
 	}
-	out, err := output(ctx, r.Command[0], r.Command[1:]...)
-	if err := errors.Join(err, serving.stop()); err != nil {
-		return sample{}, err
+	end := serving.stop
+	if r.Workload.passing() {
+		end = serving.kill
 	}
-	f, err := parseFio(out)
+	defer func() { err = errors.Join(err, end()) }()
+	return serving.observe(r.Workload, work)
+}
+
+// observe watches the server while a client works.
+func (s *serving) observe(w workload, work func() (figures, error)) (sample, error) {
+	pid := s.cmd.Process.Pid
+	idle, err := memoryOf(pid)
 	if err != nil {
 		return sample{}, err
 	}
-	return sample{Value: r.Workload.value(f), CPU: float64(serving.cpu().Microseconds()) / float64(f.ios)}, nil
+	before, err := s.cpu()
+	if err != nil {
+		return sample{}, err
+	}
+	f, err := work()
+	if err != nil {
+		return sample{}, err
+	}
+	after, err := s.cpu()
+	if err != nil {
+		return sample{}, fmt.Errorf("the server is gone: %w", err)
+	}
+	end, err := memoryOf(pid)
+	return sample{
+		Value: w.value(f),
+		CPU:   float64((after - before).Nanoseconds()) / 1e3 / float64(f.Requests),
+		P50:   f.P50, P99: f.P99,
+		Idle: idle, End: end,
+	}, err
 }
 
-// serving is a running server.
-type serving struct {
-	cmd    *exec.Cmd
-	stderr strings.Builder
-	ended  chan error
-}
-
-// start runs a server and waits until it listens.
-func start(ctx context.Context, command []string, socket string) (*serving, error) {
-	s := &serving{cmd: exec.CommandContext(ctx, command[0], command[1:]...), ended: make(chan error, 1)}
-	s.cmd.Stderr = &s.stderr
-	if err := s.cmd.Start(); err != nil {
-		return nil, err
+// output runs a program and returns what it writes; the error has what it writes to stderr.
+func output(ctx context.Context, name string, args ...string) ([]byte, error) {
+	out, err := exec.CommandContext(ctx, name, args...).Output()
+	if exit := (*exec.ExitError)(nil); errors.As(err, &exit) {
+		err = fmt.Errorf("%s: %w: %s", filepath.Base(name), err, exit.Stderr)
 	}
-	go func() { s.ended <- s.cmd.Wait() }()
-	for deadline := time.Now().Add(10 * time.Second); ; {
-		conn, err := net.Dial("unix", socket)
-		if err == nil {
-			conn.Close()
-			return s, nil
-		}
-		select {
-		case err := <-s.ended:
-			return nil, fmt.Errorf("%s ended: %w: %s", command[0], err, s.stderr.String())
-		case <-time.After(10 * time.Millisecond):
-		}
-		if time.Now().After(deadline) {
-			return nil, errors.Join(fmt.Errorf("%s does not listen: %w", command[0], err), s.stop())
-		}
-	}
-}
-
-// stop ends the server in order.
-func (s *serving) stop() error {
-	if err := s.cmd.Process.Signal(unix.SIGTERM); err != nil && !errors.Is(err, os.ErrProcessDone) {
-		return err
-	}
-	if err := <-s.ended; err != nil {
-		return fmt.Errorf("server: %w: %s", err, s.stderr.String())
-	}
-	return nil
-}
-
-// cpu is the processor time that the server has taken, once it has ended.
-func (s *serving) cpu() time.Duration {
-	return s.cmd.ProcessState.UserTime() + s.cmd.ProcessState.SystemTime()
+	return out, err
 }

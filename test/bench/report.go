@@ -2,97 +2,92 @@ package main
 
 import (
 	"encoding/json"
+	"errors"
 	"fmt"
 	"io"
-	"slices"
-	"strings"
-	"text/tabwriter"
+	"os"
 )
 
-// report is everything that one run says.
+// report is everything that one run says. Tables and pictures are made of nothing else.
 type report struct {
-	Machine machine  `json:"machine"`
-	Rounds  int      `json:"rounds"`
-	Runtime float64  `json:"runtime_seconds"`
-	Servers []server `json:"servers"`
-	Notes   []string `json:"notes,omitempty"`
-	Rows    []row    `json:"rows"`
+	Date    string       `json:"date"`
+	Machine machine      `json:"machine"`
+	Rounds  int          `json:"rounds"` // that are complete
+	Runtime float64      `json:"runtime_seconds"`
+	Copied  int64        `json:"copied_bytes"` // by nbdcopy
+	Servers []server     `json:"servers"`
+	Notes   []string     `json:"notes,omitempty"`
+	Rows    []row        `json:"rows"`
+	Idle    *idleExports `json:"idle_exports,omitempty"`
 }
 
-// row has the measurements of one workload.
+// row has the measurements of one workload with one client.
 type row struct {
-	Workload workload   `json:"workload"`
-	Command  []string   `json:"client"`
-	Samples  [][]sample `json:"samples"` // by server, as in report.Servers
-	Medians  []sample   `json:"medians"`
-	Ratio    float64    `json:"ratio"` // of the first server's value to the second's
+	Workload    workload `json:"workload"`
+	Depth       int      `json:"depth,omitempty"` // 0: the client's default
+	Connections int      `json:"connections,omitempty"`
+	Client      string   `json:"client"`  // load, fio or nbdcopy
+	Command     []string `json:"command"` // of the client
+	Cells       []cell   `json:"cells"`   // by server, as in report.Servers
 }
 
-// summarize computes what follows from the samples.
-func (r *report) summarize() {
-	for i := range r.Rows {
-		row := &r.Rows[i]
-		row.Medians = nil
-		for _, samples := range row.Samples {
-			row.Medians = append(row.Medians, sample{
-				Value: median(samples, func(s sample) float64 { return s.Value }),
-				CPU:   median(samples, func(s sample) float64 { return s.CPU }),
-			})
-		}
-		row.Ratio = row.Medians[0].Value / row.Medians[1].Value
-	}
+// cell has the measurements of one server in a row.
+type cell struct {
+	Absent  bool     `json:"absent,omitempty"` // the server has no part in the workload
+	Error   string   `json:"error,omitempty"`  // why there is no further sample
+	Samples []sample `json:"samples,omitempty"`
 }
 
-func median(samples []sample, of func(sample) float64) float64 {
-	values := make([]float64, len(samples))
-	for i, s := range samples {
-		values[i] = of(s)
+// shape names the depth and the connections.
+func (r row) shape() string {
+	if r.Depth == 0 {
+		return "default"
 	}
-	slices.Sort(values)
-	middle := len(values) / 2
-	if len(values)%2 == 0 {
-		return (values[middle-1] + values[middle]) / 2
-	}
-	return values[middle]
+	return fmt.Sprintf("%d x %d", r.Depth, r.Connections)
 }
 
 func (r *report) writeJSON(w io.Writer) error {
-	r.summarize()
 	e := json.NewEncoder(w)
 	e.SetIndent("", "  ")
 	e.SetEscapeHTML(false)
 	return e.Encode(r)
 }
 
-func (r *report) writeTable(w io.Writer) error {
-	r.summarize()
-	m := r.Machine
-	text := fmt.Appendf(nil, "%s, %d CPUs, %d MiB, Linux %s; %s, %s, %s\n",
-		m.Processor, m.CPUs, m.MemoryMiB, m.Kernel, m.Go, m.Fio, m.QEMU)
-	for _, s := range r.Servers {
-		text = fmt.Appendf(text, "%s: %s IMAGE\n", s.Name, strings.Join(s.Command, " "))
-	}
-	if len(r.Rows) > 0 {
-		text = fmt.Appendf(text, "client, of the first row: %s\n", strings.Join(r.Rows[0].Command, " "))
-	}
-	for _, note := range r.Notes {
-		text = fmt.Appendf(text, "note: %s\n", note)
-	}
-	text = fmt.Appendf(text, "medians of %d rounds of %g s; in brackets, CPU time of the server for one I/O, in microseconds\n\n",
-		r.Rounds, r.Runtime)
-	if _, err := w.Write(text); err != nil {
+// save writes the report to a file.
+func (r *report) save(path string) (err error) {
+	f, err := os.Create(path)
+	if err != nil {
 		return err
 	}
+	defer func() { err = errors.Join(err, f.Close()) }()
+	return r.writeJSON(f)
+}
 
-	cells := fmt.Appendf(nil, "workload\tdepth\t%s\t\t%s\t\t\tratio\t\n", r.Servers[0].Name, r.Servers[1].Name)
+func readReport(path string) (*report, error) {
+	text, err := os.ReadFile(path)
+	if err != nil {
+		return nil, err
+	}
+	var r report
+	if err := json.Unmarshal(text, &r); err != nil {
+		return nil, fmt.Errorf("%s: %w", path, err)
+	}
 	for _, row := range r.Rows {
-		ours, peer := row.Medians[0], row.Medians[1]
-		cells = fmt.Appendf(cells, "%s\t%d\t%.0f\t(%.1f)\t%.0f\t(%.1f)\t%s\t%.2f\t\n", row.Workload.Name, row.Workload.Depth,
-			ours.Value, ours.CPU, peer.Value, peer.CPU, row.Workload.Unit, row.Ratio)
+		if len(row.Cells) != len(r.Servers) {
+			return nil, fmt.Errorf("%s: %s: %d cells for %d servers", path, row, len(row.Cells), len(r.Servers))
+		}
 	}
-	table := tabwriter.NewWriter(w, 0, 0, 2, ' ', tabwriter.AlignRight)
-	if _, err := table.Write(cells); err != nil {
-		return err
+	return &r, nil
+}
+
+// failures lists the measurements that were not possible.
+func (r *report) failures() (fs []string) {
+	for _, row := range r.Rows {
+		for i, c := range row.Cells {
+			if c.Error != "" {
+				fs = append(fs, fmt.Sprintf("%s, %s: %s", r.Servers[i].Name, row, c.Error))
+			}
+		}
 	}
-	return table.Flush()
+	return fs
 }

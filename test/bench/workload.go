@@ -1,113 +1,111 @@
 package main
 
 import (
-	"bytes"
-	"encoding/json"
-	"errors"
-	"fmt"
-	"strconv"
-	"time"
+	"slices"
+	"strings"
 )
 
 // imageKind says what a workload runs on.
-type imageKind int
+type imageKind string
 
 const (
-	full  imageKind = iota // every cluster has data
-	empty                  // no cluster has; a fresh one for every measurement
+	full      imageKind = "full"       // every cluster has data
+	empty     imageKind = "empty"      // no cluster has; a fresh one for every measurement
+	onBacking imageKind = "on backing" // no cluster has, but every one of the backing file; a fresh one as well
+	copied    imageKind = "copied"     // what nbdcopy reads: every cluster has data
+	copying   imageKind = "copying"    // what nbdcopy writes: empty and fresh
 )
 
-const (
-	fullSize  = 256 << 20
-	emptySize = 32 << 30 // so many clusters that few are written twice
-)
-
-// workload is what the client does.
+// workload is what a client does.
 type workload struct {
-	Name  string `json:"name"`
-	image imageKind
-	rw    string
-	block string
-	align string // of random offsets, if not the block
-	Depth int    `json:"depth"`
-	Unit  string `json:"unit"` // of what is compared: "IOPS" or "MB/s"
+	Name  string    `json:"name"`
+	Image imageKind `json:"image"`
+	RW    string    `json:"rw"`    // as fio and the load generator call it
+	Block int64     `json:"block"` // bytes of a request
+	Align int64     `json:"align"` // bytes; random offsets are multiples of it
+	Unit  string    `json:"unit"`  // of what is compared: "IOPS" or "MB/s"
 }
 
-// workloads are the rows of the table.
-var workloads = func() (ws []workload) {
-	for _, w := range []workload{
-		{Name: "random read 4k", image: full, rw: "randread", block: "4k", Unit: "IOPS"},
-		{Name: "overwrite 4k", image: full, rw: "randwrite", block: "4k", Unit: "IOPS"},
-		{Name: "allocating write 4k", image: empty, rw: "randwrite", block: "4k", align: "64k", Unit: "IOPS"},
-		{Name: "sequential read 1M", image: full, rw: "read", block: "1M", Unit: "MB/s"},
-	} {
-		for _, w.Depth = range []int{1, 16} {
-			ws = append(ws, w)
-		}
-	}
-	return ws
-}()
+const (
+	kib         = 1 << 10
+	mib         = 1 << 20
+	clusterSize = 64 * kib
+	copyBlock   = 256 * kib // what nbdcopy asks for at a time
+	mixReads    = 70        // percent
+)
 
-// fio returns the command line of the client.
-func (w workload) fio(socket string, runtime time.Duration) []string {
-	size := fullSize
-	if w.image == empty {
-		size = emptySize
-	}
-	args := []string{
-		"fio", "--name=bench", "--ioengine=nbd", "--uri=nbd+unix:///?socket=" + socket,
-		"--rw=" + w.rw, "--bs=" + w.block, "--iodepth=" + strconv.Itoa(w.Depth),
-		"--size=" + strconv.Itoa(size), "--time_based", "--runtime=" + strconv.Itoa(int(runtime.Seconds())),
-		"--norandommap", "--output-format=json",
-	}
-	if w.align != "" {
-		args = append(args, "--blockalign="+w.align)
-	}
-	return args
+var workloads = []workload{
+	{Name: "random read 4k", Image: full, RW: "randread", Block: 4 * kib, Align: 4 * kib, Unit: "IOPS"},
+	{Name: "overwrite 4k", Image: full, RW: "randwrite", Block: 4 * kib, Align: 4 * kib, Unit: "IOPS"},
+	{Name: "mixed 70/30 4k", Image: full, RW: "randrw", Block: 4 * kib, Align: 4 * kib, Unit: "IOPS"},
+	{Name: "allocating write 4k", Image: empty, RW: "randwrite", Block: 4 * kib, Align: clusterSize, Unit: "IOPS"},
+	{Name: "copy-on-write 4k", Image: onBacking, RW: "randwrite", Block: 4 * kib, Align: clusterSize, Unit: "IOPS"},
+	{Name: "random read 64k", Image: full, RW: "randread", Block: 64 * kib, Align: 64 * kib, Unit: "IOPS"},
+	{Name: "overwrite 64k", Image: full, RW: "randwrite", Block: 64 * kib, Align: 64 * kib, Unit: "IOPS"},
+	{Name: "sequential read 1M", Image: full, RW: "read", Block: mib, Align: mib, Unit: "MB/s"},
+	{Name: "sequential write 1M", Image: full, RW: "write", Block: mib, Align: mib, Unit: "MB/s"},
+	{Name: "nbdcopy in", Image: copying, RW: "write", Block: copyBlock, Align: copyBlock, Unit: "MB/s"},
+	{Name: "nbdcopy out", Image: copied, RW: "read", Block: copyBlock, Align: copyBlock, Unit: "MB/s"},
 }
 
-// figures are what fio has measured.
-type figures struct {
-	ios          int64
-	iops         float64
-	bytesPerSecs float64
+// isCopy tells whether nbdcopy is the client, with its own depth and connections.
+func (w workload) isCopy() bool { return w.Image == copied || w.Image == copying }
+
+// passing tells whether the image is removed after the measurement.
+func (w workload) passing() bool {
+	return w.Image == empty || w.Image == onBacking || w.Image == copying
 }
 
-// parseFio reads fio's JSON, which the nbd engine precedes with a line of its own.
-func parseFio(out []byte) (figures, error) {
-	begin := bytes.IndexByte(out, '{')
-	if begin < 0 {
-		return figures{}, fmt.Errorf("fio printed no JSON: %.200q", out)
-	}
-	type direction struct {
-		Total int64   `json:"total_ios"`
-		IOPS  float64 `json:"iops"`
-		Bytes float64 `json:"bw_bytes"`
-	}
-	var result struct {
-		Jobs []struct {
-			Error       int
-			Read, Write direction
-		}
-	}
-	if err := json.Unmarshal(out[begin:], &result); err != nil {
-		return figures{}, fmt.Errorf("fio: %w", err)
-	}
-	if len(result.Jobs) != 1 {
-		return figures{}, fmt.Errorf("fio reports %d jobs", len(result.Jobs))
-	}
-	job := result.Jobs[0]
-	f := figures{job.Read.Total + job.Write.Total, job.Read.IOPS + job.Write.IOPS, job.Read.Bytes + job.Write.Bytes}
-	if job.Error != 0 || f.ios == 0 {
-		return figures{}, errors.New("fio did no I/O, or had errors")
-	}
-	return f, nil
-}
+// dirties tells whether the workload leaves data in an image that stays.
+func (w workload) dirties() bool { return w.Image == full && w.RW != "read" && w.RW != "randread" }
 
-// value is the figure that is compared.
+// value returns the figure that is compared.
 func (w workload) value(f figures) float64 {
 	if w.Unit == "MB/s" {
-		return f.bytesPerSecs / 1e6
+		return f.MBs
 	}
-	return f.iops
+	return f.IOPS
+}
+
+// newRows returns the rows of the table that the options ask for.
+func newRows(o *options, servers []server) (rows []row) {
+	add := func(r row) {
+		r.Cells = make([]cell, len(servers))
+		for i, s := range servers {
+			r.Cells[i].Absent = !s.can(r.Workload)
+		}
+		rows = append(rows, r)
+	}
+	for _, w := range workloads {
+		if !o.workloads.MatchString(w.Name) {
+			continue
+		}
+		if w.isCopy() {
+			r := row{Workload: w, Client: "nbdcopy"}
+			r.Command = r.client(o, server{})
+			add(r)
+			continue
+		}
+		for _, connections := range o.connections {
+			for _, depth := range o.depths {
+				for _, client := range []string{"load", "fio"} {
+					if !slices.Contains(o.clients, client) || client == "fio" && !o.fioWorkloads.MatchString(w.Name) {
+						continue
+					}
+					r := row{Workload: w, Depth: depth, Connections: connections, Client: client}
+					r.Command = r.client(o, server{})
+					add(r)
+				}
+			}
+		}
+	}
+	return rows
+}
+
+// String names the row.
+func (r row) String() string {
+	if r.Workload.isCopy() {
+		return r.Workload.Name
+	}
+	return strings.Join([]string{r.Workload.Name, r.shape(), r.Client}, ", ")
 }
