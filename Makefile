@@ -58,7 +58,7 @@ e2e-vm: ## Run the tests that need another kernel, in User Mode Linux
 .PHONY: crash-long
 crash-long: ## Run the tests that have a long form, crash states above all: hours instead of seconds
 	@$(ENSURE) test >/dev/null
-	QCOW_CSI_LONG=1 $(GO) test -count=1 -timeout 12h ./qcow/... ./test/interop
+	QCOW_CSI_LONG=1 $(GO) test -count=1 -timeout 12h ./qcow/... ./test/interop ./test/nbdtester
 
 .PHONY: fuzz
 fuzz: ## Run every fuzz target for FUZZTIME each

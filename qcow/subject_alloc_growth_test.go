@@ -152,7 +152,7 @@ func TestAllocationAcrossUnreadableRefcounts(t *testing.T) {
 }
 
 // What was unlinked is given back by the next flush, as a whole, and used again: flushes leave nothing behind but the reserve, and with as much
-// data as before the file is as long as before.
+// data as before the file is as long as before, but for the reserve, whose place depends on when it is filled.
 func TestFlushesLeaveNothingBehind(t *testing.T) {
 	const cluster, size, reserve = 512, 4 << 20, 16
 	f := create(t, qcow.CreateOptions{Size: size, ClusterSize: cluster, RefcountBits: 64})
@@ -189,7 +189,7 @@ func TestFlushesLeaveNothingBehind(t *testing.T) {
 			t.Fatalf("flush %d: %v, %v", i, report, err)
 		}
 	}
-	if n := len(f.Bytes()); n > length {
+	if n := len(f.Bytes()); n > length+reserve*cluster { // a leak of one cluster for each flush is more
 		t.Errorf("the file has %d bytes, before it had %d", n, length)
 	}
 	expectAt(t, img, want, 0)
