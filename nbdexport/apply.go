@@ -26,11 +26,8 @@ func (t *transmission) apply(r *request, data []byte) errno {
 		return errnoOf(err)
 	case r.command == cmdWrite:
 		_, err = t.backend.WriteAt(data, off)
-	case r.command == cmdTrim:
-		err = t.trim(off, n)
-	case r.command == cmdWriteZeroes:
-		how := Zeroing{MayUnmap: r.flags&commandNoHole == 0, Fast: r.flags&commandFastZero != 0}
-		if err = t.writeZeroes(off, n, how); how.Fast && errors.Is(err, syscall.ENOTSUP) {
+	case r.command == cmdTrim, r.command == cmdWriteZeroes:
+		if err = t.clear(r, off, n); r.flags&commandFastZero != 0 && errors.Is(err, syscall.ENOTSUP) {
 			return errnoNotSup
 		}
 	case r.command == cmdCache:
@@ -42,26 +39,19 @@ func (t *transmission) apply(r *request, data []byte) errno {
 	return errnoOf(err)
 }
 
-func (t *transmission) trim(off, n int64) error {
-	for n > 0 {
+// clear trims or zeroes n bytes at off, in pieces.
+func (t *transmission) clear(r *request, off, n int64) (err error) {
+	how := Zeroing{MayUnmap: r.flags&commandNoHole == 0, Fast: r.flags&commandFastZero != 0}
+	for n > 0 && err == nil {
 		k := min(n, longestPiece)
-		if err := t.backend.Discard(off, k); err != nil {
-			return err
+		if r.command == cmdTrim {
+			err = t.backend.Discard(off, k)
+		} else {
+			err = t.backend.WriteZeroes(off, k, how)
 		}
 		off, n = off+k, n-k
 	}
-	return nil
-}
-
-func (t *transmission) writeZeroes(off, n int64, how Zeroing) error {
-	for n > 0 {
-		k := min(n, longestPiece)
-		if err := t.backend.WriteZeroes(off, k, how); err != nil {
-			return err
-		}
-		off, n = off+k, n-k
-	}
-	return nil
+	return err
 }
 
 // cache carries out CACHE: it reads what can't be answered without a look at it, so that it is at hand.

@@ -19,6 +19,10 @@ func (t *transmission) blockStatus(w *worker) {
 			return
 		}
 	}
+	kind := chunkBlockStatus
+	if style == extendedReplies {
+		kind = chunkBlockStatusExt
+	}
 	var b []byte
 	for i := range contexts {
 		var fault errno
@@ -30,12 +34,7 @@ func (t *transmission) blockStatus(w *worker) {
 		if i == len(contexts)-1 {
 			flags = chunkDone
 		}
-		header := style.headerSize()
-		if style == extendedReplies {
-			style.putChunk(b, r, chunkBlockStatusExt, flags, len(b)-header)
-		} else {
-			style.putChunk(b, r, chunkBlockStatus, flags, len(b)-header)
-		}
+		style.putChunk(b, r, kind, flags, len(b)-style.headerSize())
 		t.out.send(b)
 	}
 }

@@ -1,6 +1,7 @@
 package qcow_test
 
 import (
+	"fmt"
 	"iter"
 	"maps"
 	"os"
@@ -9,6 +10,7 @@ import (
 
 	"github.com/qcow-csi/qcow-csi/qcow"
 	"github.com/qcow-csi/qcow-csi/qcow/storage"
+	"github.com/qcow-csi/qcow-csi/test/require"
 )
 
 // memoryJournal is a journal in a file that a recorder may watch.
@@ -48,9 +50,7 @@ func (j *memoryJournal) copied() *memoryJournal {
 func shared(t testing.TB) string {
 	t.Helper()
 	dir, err := os.MkdirTemp("/dev/shm", "qcow-csi-test-") //nolint:usetesting // t.TempDir may be on a disk
-	if err != nil {
-		t.Skipf("no file system in memory: %v", err)
-	}
+	require.Feature(t, err == nil, fmt.Sprintf("needs a file system in memory: %v", err))
 	t.Cleanup(func() {
 		if err := os.RemoveAll(dir); err != nil {
 			t.Error(err)

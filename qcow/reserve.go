@@ -12,7 +12,7 @@ import (
 const (
 	// firstReserve is how many clusters the reserve of a new user is filled up to, if it may hold so many.
 	firstReserve = 16
-	// blankReserve is how many clusters are made blank together.
+	// blankReserve is how many clusters are made blank together, if the reserve may hold so many.
 	blankReserve = 64
 	// calm is how long less than half of the reserve has to last for it to be too large.
 	calm = 30 * time.Second
@@ -98,7 +98,7 @@ func (a *allocator) takeSoon(n uint64, wantClean bool) (x run, clean bool, err e
 			go a.refill(format.Cluster(format.MaxHostOffset))
 		}
 	}
-	if wantClean && r.n > 0 || len(r.blank) == 0 && !a.addBlank(max(n, blankReserve)) {
+	if wantClean && r.n > 0 || len(r.blank) == 0 && !a.addBlank(max(n, min(blankReserve, r.most))) {
 		a.mu.Unlock()
 		x, err = a.take(n)
 		return x, true, err
