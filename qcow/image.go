@@ -87,7 +87,11 @@ func (img *Image) Close() error {
 	if img.links != nil {
 		img.links.leave()
 	}
-	if img.journal != nil {
+	switch {
+	case img.journal == nil:
+	case err == nil && !img.readOnly:
+		err = img.journal.Remove()
+	default:
 		err = errors.Join(err, img.journal.Close())
 	}
 	img.tables.share.leave(img.tables)

@@ -16,6 +16,8 @@ type Journal interface {
 	Store(off int, b []byte)
 	// Close gives the memory up. What is in it stays.
 	Close() error
+	// Remove gives the memory up, with what is in it. It is called instead of Close when the image was closed clean, and is still locked.
+	Remove() error
 }
 
 // A journal has two banks of the same length. While the links in one of them are written to the image file, new ones go to the other. All numbers

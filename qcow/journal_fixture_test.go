@@ -41,6 +41,8 @@ func (j *memoryJournal) Store(off int, b []byte) {
 
 func (j *memoryJournal) Close() error { return nil }
 
+func (j *memoryJournal) Remove() error { return nil }
+
 // copied returns a journal with what is in this one now.
 func (j *memoryJournal) copied() *memoryJournal {
 	return &memoryJournal{storage.NewMemoryFrom(j.Load())}

@@ -42,7 +42,7 @@ type Options struct {
 	DetectZeroes bool
 	// Journal, unless nil, is where links to data that is not durable yet are held back ([OpenJournal] of package storage): then copy-on-write and
 	// the like cost no sync. What a killed process has left in it Open restores; see [Image.Restored]. It belongs to the image file, and is
-	// closed with the image when Open has succeeded. Without one such writes are made durable before they are linked. An image that is only read,
+	// closed with the image when Open has succeeded, and removed where that was closed clean. Without one such writes are made durable before they are linked. An image that is only read,
 	// and one of version 2, do not use it.
 	Journal Journal
 	// BitmapBytes bounds the memory for the bits of dirty bitmaps; 0 means 2 GiB. Where what the image has does not fit, it has no bitmaps

@@ -111,8 +111,6 @@ func (i *exportedImage) onlyRead() bool { return i.readOnly || i.snapshot != "" 
 // openedImage is an image that is being served.
 type openedImage struct {
 	file     string
-	opened   *storage.OSFile
-	journals *storage.Journals // nil: it has no journal
 	img      *qcow.Image
 	failures *failures
 	backend  nbdexport.Backend
@@ -121,11 +119,11 @@ type openedImage struct {
 // open opens the image, and makes a backend of it.
 func (i *exportedImage) open(ctx context.Context) (*openedImage, error) {
 	logger := klog.FromContext(ctx).WithValues("image", i.file)
-	o := &openedImage{file: i.file, failures: newFailures(logger)}
-	if err := i.openImage(ctx, o); err != nil {
+	img, err := i.openImage(ctx)
+	if err != nil {
 		return nil, fmt.Errorf("%s: %w", i.file, err)
 	}
-	img := o.img
+	o := &openedImage{file: i.file, img: img, failures: newFailures(logger)}
 	if r := img.Restored(); r != (qcow.Restored{}) {
 		logger.Info("a process that served the image was killed", "clustersRestored", r.Clusters, "clustersLost", r.Lost)
 	}
@@ -148,11 +146,7 @@ func (i *exportedImage) open(ctx context.Context) (*openedImage, error) {
 // close closes the image. The backend must not be used any more.
 func (o *openedImage) close() error {
 	o.failures.finish()
-	err := o.img.Close()
-	if err == nil && o.journals != nil {
-		err = o.journals.Remove(o.opened)
-	}
-	if err != nil {
+	if err := o.img.Close(); err != nil {
 		return fmt.Errorf("%s: %w", o.file, err)
 	}
 	return nil
@@ -191,31 +185,33 @@ func (i *exportedImage) options() (o qcow.Options, err error) {
 }
 
 // openImage opens the image as the image commands do. It is the one place where an image is opened to be served.
-func (i *exportedImage) openImage(ctx context.Context, to *openedImage) (err error) {
+func (i *exportedImage) openImage(ctx context.Context) (img *qcow.Image, err error) {
 	o, err := i.options()
 	if err != nil {
-		return err
+		return nil, err
 	}
 	path, err := filepath.EvalSymlinks(i.file)
 	if err != nil {
-		return err
+		return nil, err
 	}
-	if to.opened, err = storage.OpenWith(path, storage.Options{Mode: i.mode(o.ReadOnly), Direct: i.cache.direct()}); err != nil {
-		return err
+	opened, err := storage.OpenWith(path, storage.Options{Mode: i.mode(o.ReadOnly), Direct: i.cache.direct()})
+	if err != nil {
+		return nil, err
 	}
 	if !o.ReadOnly {
-		to.journals, o.Journal, err = openJournal(ctx, i.runDir, to.opened)
+		o.Journal, err = openJournal(ctx, i.runDir, opened)
 	}
 	if err == nil {
-		to.img, err = qcow.OpenContext(ctx, i.cache.file(to.opened), o)
+		img, err = qcow.OpenContext(ctx, i.cache.file(opened), o)
 	}
 	if err != nil {
-		err = errors.Join(err, to.opened.Close())
+		err = errors.Join(err, opened.Close())
 		if o.Journal != nil {
 			err = errors.Join(err, o.Journal.Close())
 		}
+		return nil, err
 	}
-	return err
+	return img, nil
 }
 
 // hasBitmaps refuses bitmaps that the image does not have, or that say nothing.

@@ -28,8 +28,8 @@ func openJournals(runDir string) (*storage.Journals, error) {
 	return storage.OpenJournals(runDir)
 }
 
-// openJournal returns the journal of an image, and the directory that it is in; nil without one.
-func openJournal(ctx context.Context, runDir string, image *storage.OSFile) (*storage.Journals, qcow.Journal, error) {
+// openJournal returns the journal of an image, nil without one.
+func openJournal(ctx context.Context, runDir string, image *storage.OSFile) (qcow.Journal, error) {
 	auto := runDir == autoRunDir
 	if auto {
 		runDir = defaultRunDir
@@ -40,14 +40,14 @@ func openJournal(ctx context.Context, runDir string, image *storage.OSFile) (*st
 	journals, err := openJournals(runDir)
 	if err != nil && auto {
 		klog.FromContext(ctx).Info("no journal: writes to shared or backed clusters wait for the disk", "reason", err.Error())
-		return nil, nil, nil
+		return nil, nil
 	}
 	if err != nil || journals == nil {
-		return nil, nil, err
+		return nil, err
 	}
 	journal, err := journals.Open(image)
 	if err != nil {
-		return nil, nil, err
+		return nil, err
 	}
-	return journals, journal, nil
+	return journal, nil
 }

@@ -15,7 +15,7 @@ import (
 type Handle struct {
 	pool  *Pool
 	v     *volume
-	image *openImage
+	image *qcow.Image
 }
 
 // Acquire opens the image of a volume. ErrBusy when it is open already, here or in another process.
@@ -40,15 +40,8 @@ func (p *Pool) Acquire(ctx context.Context, id string, readOnly bool) (*Handle, 
 	return h, nil
 }
 
-// openImage is an image with its journal.
-type openImage struct {
-	*qcow.Image
-	file     *storage.OSFile
-	journals *storage.Journals // nil: it has none
-}
-
 // openImage opens the head image of a volume whose turn the caller has. What the journal of a process that was killed says is in it again.
-func (p *Pool) openImage(ctx context.Context, v *volume, readOnly bool) (_ *openImage, err error) {
+func (p *Pool) openImage(ctx context.Context, v *volume, readOnly bool) (*qcow.Image, error) {
 	if err := p.usable(v); err != nil {
 		return nil, err
 	}
@@ -60,39 +53,30 @@ func (p *Pool) openImage(ctx context.Context, v *volume, readOnly bool) (_ *open
 	if err != nil {
 		return nil, fmt.Errorf("volume %s: %w", v.id, err)
 	}
-	o := &openImage{file: f}
 	options := qcow.Options{ReadOnly: readOnly}
 	if !readOnly && p.journals != nil {
 		journal, err := p.journals.Open(f)
 		if err != nil {
 			return nil, fmt.Errorf("volume %s: %w", v.id, errors.Join(err, f.Close()))
 		}
-		o.journals, options.Journal = p.journals, journal
+		options.Journal = journal
 	}
-	if o.Image, err = qcow.Open(f, options); err != nil {
+	image, err := qcow.Open(f, options)
+	if err != nil {
 		err = errors.Join(err, f.Close())
 		if options.Journal != nil {
 			err = errors.Join(err, options.Journal.Close())
 		}
 		return nil, fmt.Errorf("volume %s: %w", v.id, err)
 	}
-	switch r := o.Restored(); {
+	switch r := image.Restored(); {
 	case r.Lost > 0:
 		klog.FromContext(ctx).Error(nil, "writes that a killed process had acknowledged, but not flushed, are lost: another program has written to the image since",
 			"volume", v.id, "clusters", r.Lost)
 	case r.Clusters > 0:
 		klog.FromContext(ctx).Info("restored writes that a killed process had acknowledged", "volume", v.id, "clusters", r.Clusters)
 	}
-	return o, nil
-}
-
-// Close flushes and closes the image. Its journal is of no use then.
-func (o *openImage) Close() error {
-	err := o.Image.Close()
-	if err == nil && o.journals != nil {
-		err = o.journals.Remove(o.file)
-	}
-	return err
+	return image, nil
 }
 
 // closeImage flushes and closes the image of a volume whose turn the caller has, if it is open.
@@ -111,7 +95,7 @@ func (p *Pool) closeImage(v *volume) error {
 }
 
 // Image returns the open image.
-func (h *Handle) Image() *qcow.Image { return h.image.Image }
+func (h *Handle) Image() *qcow.Image { return h.image }
 
 // Volume describes the volume as it is now.
 func (h *Handle) Volume() Volume {

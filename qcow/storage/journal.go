@@ -8,7 +8,6 @@ import (
 	"os"
 	"slices"
 	"sync/atomic"
-	"time"
 	"unsafe"
 
 	"golang.org/x/sys/unix"
@@ -33,7 +32,7 @@ type Journal struct {
 // for the same file and since the machine was booted; else the journal is empty then. Its memory is all allocated. It fails with ErrBusy
 // where another process has the journal open, and with ErrNoSpace.
 func OpenJournal(path string, image *OSFile) (_ *Journal, err error) {
-	f, err := openLocked(path)
+	f, _, err := openRegular(path, os.O_RDWR|os.O_CREATE, false)
 	if err != nil {
 		return nil, err
 	}
@@ -42,6 +41,12 @@ func OpenJournal(path string, image *OSFile) (_ *Journal, err error) {
 			err = errors.Join(fmt.Errorf("journal %s: %w", path, err), f.Close())
 		}
 	}()
+	lock := func(fd int) error { return unix.Flock(fd, unix.LOCK_EX|unix.LOCK_NB) }
+	if err := control(f, lock); errors.Is(err, unix.EWOULDBLOCK) {
+		return nil, fmt.Errorf("%w: %w", ErrBusy, err)
+	} else if err != nil {
+		return nil, err
+	}
 	want, err := journalHeaderFor(image.id)
 	if err != nil {
 		return nil, err
@@ -68,24 +73,6 @@ func OpenJournal(path string, image *OSFile) (_ *Journal, err error) {
 	}
 	copy(b, want)
 	return &Journal{f: f, words: unsafe.Slice((*uint64)(unsafe.Pointer(unsafe.SliceData(b))), len(b)/8), b: b[journalHeader:]}, nil
-}
-
-// openLocked opens and locks a journal. Whoever has it open who does not have the image open any more is about to remove it.
-func openLocked(path string) (*os.File, error) {
-	const patience, pause = time.Second, 5 * time.Millisecond
-	for begin := time.Now(); ; time.Sleep(pause) {
-		f, _, err := openRegular(path, os.O_RDWR|os.O_CREATE, false)
-		if err != nil {
-			return nil, err
-		}
-		if err = lockJournal(f, path); err == nil {
-			return f, nil
-		}
-		err = errors.Join(err, f.Close())
-		if passing := errors.Is(err, ErrBusy) || errors.Is(err, errReplaced); !passing || time.Since(begin) > patience {
-			return nil, err
-		}
-	}
 }
 
 // journalHeaderFor returns what a journal that is valid for an image begins with.
@@ -120,3 +107,6 @@ func (j *Journal) Close() error {
 	b := unsafe.Slice((*byte)(unsafe.Pointer(unsafe.SliceData(j.words))), len(j.words)*8)
 	return errors.Join(unix.Munmap(b), j.f.Close())
 }
+
+// Remove removes the journal, and unmaps its memory. Its image is still locked: who opens that next makes a new journal.
+func (j *Journal) Remove() error { return errors.Join(os.Remove(j.f.Name()), j.Close()) }
