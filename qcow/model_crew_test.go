@@ -15,6 +15,7 @@ import (
 	"github.com/qcow-csi/qcow-csi/qcow"
 	"github.com/qcow-csi/qcow-csi/qcow/storage"
 	"github.com/qcow-csi/qcow-csi/test/require"
+	"github.com/qcow-csi/qcow-csi/test/seed"
 )
 
 // TestModelConcurrent lets many goroutines work on one image while snapshots are made and applied, the disk gets other sizes, the file is
@@ -26,7 +27,7 @@ func TestModelConcurrent(t *testing.T) {
 		"cluster=512/refcount=16", "cluster=512/refcount=64", "cluster=4096/refcount=8", "cluster=65536/refcount=16", "version2-over-short", "subclusters",
 		"subclusters-over-raw", "short-raw", "deep", "encrypted-subclusters", "data-file-raw", "data-file-subclusters",
 	}
-	base := modelSeed(t)
+	base := seed.Of(t)
 	for _, k := range modelKinds() {
 		if !slices.Contains(kinds, k.name) {
 			continue

@@ -14,6 +14,7 @@ import (
 	"time"
 
 	"github.com/qcow-csi/qcow-csi/test/require"
+	"github.com/qcow-csi/qcow-csi/test/seed"
 )
 
 // TestModel does random operations of every sort, of any alignment, on every kind of image, and holds it against a model of the disk, of its
@@ -27,7 +28,7 @@ func TestModel(t *testing.T) {
 	if long() {
 		steps, seeds = 3000, 6
 	}
-	base := modelSeed(t)
+	base := seed.Of(t)
 	for _, k := range modelKinds() {
 		for i := range uint64(seeds) {
 			seed := base + i
@@ -55,7 +56,7 @@ func TestModelSoak(t *testing.T) {
 		}
 	}
 	var next, scenarios, steps, crews, requests atomic.Uint64
-	next.Store(modelSeed(t))
+	next.Store(seed.Of(t))
 	end := time.Now().Add(limit)
 	t.Run("workers", func(t *testing.T) {
 		for range runtime.GOMAXPROCS(0) {
@@ -82,19 +83,6 @@ func TestModelSoak(t *testing.T) {
 		}
 	})
 	t.Logf("%d scenarios of %d steps together, %d concurrent ones of %d requests", scenarios.Load(), steps.Load(), crews.Load(), requests.Load())
-}
-
-// modelSeed returns a fresh seed, or the one that is to be replayed.
-func modelSeed(t *testing.T) uint64 {
-	t.Helper()
-	seed := rand.Uint64() >> 16
-	if s := os.Getenv("QCOW_CSI_SEED"); s != "" {
-		if _, err := fmt.Sscan(s, &seed); err != nil {
-			t.Fatalf("QCOW_CSI_SEED: %v", err)
-		}
-	}
-	t.Logf("QCOW_CSI_SEED=%d", seed)
-	return seed
 }
 
 // A scenario is a list of operations on an image. Each of its steps can be done whatever was done before, so that every part of a scenario

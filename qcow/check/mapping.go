@@ -114,7 +114,8 @@ func (c *checker) walkL2(t l2Table, n uint64, active bool) error {
 			continue
 		}
 		at := t.off + format.HostOffset(i*g.L2EntrySize())
-		counts := c.checkEntry(at, e)
+		guest := format.GuestOffset(t.index*g.L2Span() + i<<g.ClusterBits)
+		counts := c.checkEntry(at, e, guest)
 		switch {
 		case !counts:
 		case g.HasHost(e):
@@ -125,7 +126,6 @@ func (c *checker) walkL2(t l2Table, n uint64, active bool) error {
 				}
 				next = e.Offset() + format.HostOffset(g.ClusterSize())
 			}
-			guest := format.GuestOffset(t.index*g.L2Span() + i<<g.ClusterBits)
 			if err := c.walkData(at, e, guest, n, active); err != nil {
 				return err
 			}
@@ -143,9 +143,9 @@ func (c *checker) walkL2(t l2Table, n uint64, active bool) error {
 	return nil
 }
 
-// checkEntry judges what an L2 entry, at the offset `at`, says of itself. It reports whether what it points to, if
+// checkEntry judges what an L2 entry, at the offset `at` and of the guest cluster at guest, says of itself. It reports whether what it points to, if
 // anything, counts.
-func (c *checker) checkEntry(at format.HostOffset, e format.MappingEntry) bool {
+func (c *checker) checkEntry(at format.HostOffset, e format.MappingEntry, guest format.GuestOffset) bool {
 	compressed := e.Kind() == format.Compressed
 	reserved := e.Reserved()
 	if !compressed && (c.h.ExtendedL2 || c.h.Version == 2) {
@@ -154,7 +154,7 @@ func (c *checker) checkEntry(at format.HostOffset, e format.MappingEntry) bool {
 	if reserved != 0 {
 		c.found(ReservedBits, L2Table, at, "entry %#x", uint64(e.L2Entry))
 	}
-	if e.Copied() && !c.h.HasHost(e) {
+	if e.Copied() && !c.h.MayBeCopied(e, guest) {
 		c.found(CopiedSet, L2Table, at, "entry %#x of kind %v", uint64(e.L2Entry), e.Kind())
 	}
 	switch {

@@ -141,7 +141,8 @@ func TestFindingsInVariants(t *testing.T) {
 		"COPIED missing at 0":                  {dataFile, func(b *builder) { b.put(b.l2Entry(0), 0) }, nil}, // it is unallocated
 		"misaligned in data file":              {dataFile, func(b *builder) { b.set(5, 0x50200|copied) }, []check.Kind{check.Misaligned}},
 		"zero with host in data file":          {dataFile, func(b *builder) { b.set(5, 0x50000|copied|zeroFlag) }, nil},
-		"zero with COPIED at 0":                {dataFile, func(b *builder) { b.put(b.l2Entry(0), copied|zeroFlag) }, []check.Kind{check.CopiedSet}},
+		"zero with COPIED at 0":                {dataFile, func(b *builder) { b.put(b.l2Entry(0), copied|zeroFlag) }, nil},
+		"zero with COPIED and no place":        {dataFile, func(b *builder) { b.set(5, copied|zeroFlag) }, []check.Kind{check.CopiedSet}},
 		"past the end of the file":             {dataFile, func(b *builder) { b.set(15, format.NewL2Entry(0xf0000, true)) }, nil}, // which the data file need not share
 		"snapshot in data file":                {dataFile, func(b *builder) { b.h.Snapshots = 1; b.snapshots = make([]byte, 56); b.snapshots[39] = 16 }, []check.Kind{check.Forbidden}},
 		"refcount of what the data file holds": {dataFile, func(b *builder) { b.setRefcount(9, 1) }, []check.Kind{check.Leaked}},

@@ -12,13 +12,13 @@ import (
 	"path/filepath"
 	"strings"
 	"testing"
-	"time"
 
 	"github.com/qcow-csi/qcow-csi/qcow/check"
 	"github.com/qcow-csi/qcow-csi/qcow/dehydrate"
 	"github.com/qcow-csi/qcow-csi/qcow/format"
 	"github.com/qcow-csi/qcow-csi/qcow/storage"
 	"github.com/qcow-csi/qcow-csi/test/require"
+	"github.com/qcow-csi/qcow-csi/test/seed"
 )
 
 // secret is what guest data says. No dump may hold it.
@@ -155,16 +155,10 @@ func TestCheckSaysTheSame(t *testing.T) {
 
 // TestDamagedImages dumps images with damage at random places.
 func TestDamagedImages(t *testing.T) {
-	seed, rounds := uint64(time.Now().UnixNano()), 40
-	if s := os.Getenv("QCOW_CSI_SEED"); s != "" {
-		if _, err := fmt.Sscan(s, &seed); err != nil {
-			t.Fatal(err)
-		}
-	}
+	seed, rounds := seed.Of(t), 40
 	if os.Getenv("QCOW_CSI_LONG") != "" {
 		rounds = 2000
 	}
-	t.Logf("QCOW_CSI_SEED=%d", seed)
 	for _, s := range subjects {
 		t.Run(s.name, func(t *testing.T) {
 			dir := t.TempDir()

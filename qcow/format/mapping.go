@@ -75,6 +75,16 @@ func (g Geometry) HasHost(e MappingEntry) bool {
 	return g.DataFile && e.Copied() && (g.ExtendedL2 || e.L2Entry&flagZero == 0)
 }
 
+// MayBeCopied reports whether the entry of the guest cluster at guest may have COPIED, as far as the entry says: one with a
+// host cluster; and the zero cluster at offset 0 of a data file, which is how QEMU leaves the first cluster when it zeroes
+// it in place. QEMU reads that one, and so do we, as without a host cluster, which in a data file makes no difference.
+func (g Geometry) MayBeCopied(e MappingEntry, guest GuestOffset) bool {
+	if g.HasHost(e) {
+		return true
+	}
+	return g.DataFile && !g.ExtendedL2 && guest == 0 && e.Offset() == 0 && e.L2Entry&flagZero != 0
+}
+
 // Kind classifies subcluster sub of a valid entry ([Geometry.CheckEntry]), which is 0 for the whole cluster
 // without extended L2 entries.
 func (g Geometry) Kind(e MappingEntry, sub uint64) Kind {

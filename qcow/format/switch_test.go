@@ -10,9 +10,9 @@ import (
 	"slices"
 	"strings"
 	"testing"
-	"time"
 
 	"github.com/qcow-csi/qcow-csi/qcow/format"
+	"github.com/qcow-csi/qcow-csi/test/seed"
 )
 
 var essential = []uint32{format.ExtBackingFormat, format.ExtBitmaps, format.ExtFullDisk, format.ExtDataFile}
@@ -331,16 +331,10 @@ func TestRewriteOfEveryPair(t *testing.T) {
 // TestRewriteAgainAndAgain changes one cluster many times at random, as a long life does. Its first layout has the name at an odd place
 // and garbage where nothing is in use.
 func TestRewriteAgainAndAgain(t *testing.T) {
-	seed, lives := uint64(time.Now().UnixNano()), 30
+	seed, lives := seed.Of(t), 30
 	if os.Getenv("QCOW_CSI_LONG") != "" {
 		lives = 3000
 	}
-	if s := os.Getenv("QCOW_CSI_SEED"); s != "" {
-		if _, err := fmt.Sscan(s, &seed); err != nil {
-			t.Fatal(err)
-		}
-	}
-	t.Logf("QCOW_CSI_SEED=%d", seed)
 	rng := rand.New(rand.NewPCG(seed, 0))
 	text := func(n int) []byte {
 		b := make([]byte, rng.IntN(n+1))

@@ -10,6 +10,7 @@ import (
 
 	"github.com/qcow-csi/qcow-csi/qcow/repair"
 	"github.com/qcow-csi/qcow-csi/qcow/storage"
+	"github.com/qcow-csi/qcow-csi/test/seed"
 )
 
 // crashCase is a repair to be interrupted.
@@ -62,7 +63,7 @@ func (c *crashCase) verify(s *storage.CrashState) error {
 
 // TestCrash interrupts repairs of random damage.
 func TestCrash(t *testing.T) {
-	seed, rounds, o := testSeed(t), 24, storage.CrashOptions{Exhaustive: 8, Random: 10}
+	seed, rounds, o := seed.Of(t), 24, storage.CrashOptions{Exhaustive: 8, Random: 10}
 	if long() {
 		rounds, o = 300, storage.CrashOptions{Exhaustive: 10, Random: 40}
 	}

@@ -135,6 +135,9 @@ func (r *repairer) judgeDataFile(e format.MappingEntry, guest format.GuestOffset
 		*bits &^= format.Subclusters(bits.Invalid())
 	}
 	if !r.h.HasHost(v.entry) && *bits&format.AllData == 0 {
+		if r.h.MayBeCopied(v.entry, guest) {
+			return v
+		}
 		return r.withoutHost(v)
 	}
 	v.flagged = true

@@ -11,6 +11,7 @@ import (
 
 	"github.com/qcow-csi/qcow-csi/qcow/repair"
 	"github.com/qcow-csi/qcow-csi/qcow/storage"
+	"github.com/qcow-csi/qcow-csi/test/seed"
 )
 
 // TestFault lets the k-th change of the file fail, for every k. Afterwards the image can be repaired, and nothing is lost.
@@ -27,7 +28,7 @@ func TestFault(t *testing.T) {
 		{"short write once", storage.Fault{Err: syscall.EIO, Short: true}},
 		{"short write for ever", storage.Fault{Err: full, Short: true, Forever: true}},
 	}
-	seed, rounds := testSeed(t), 6
+	seed, rounds := seed.Of(t), 6
 	if long() {
 		rounds = 300
 	}
@@ -105,7 +106,7 @@ func faultCase(t *testing.T, image []byte, fault storage.Fault) (injected int) {
 
 // TestFullDisk repairs where the file cannot grow: either there is room inside it, or nothing changes.
 func TestFullDisk(t *testing.T) {
-	seed, rounds := testSeed(t), 60
+	seed, rounds := seed.Of(t), 60
 	outcomes := make(map[string]int)
 	for _, s := range smallSubjects {
 		w := s.open(t)

@@ -12,24 +12,11 @@ import (
 	"strings"
 	"sync"
 	"testing"
-	"time"
 
 	"github.com/qcow-csi/qcow-csi/test/require"
 )
 
 func long() bool { return os.Getenv("QCOW_CSI_LONG") != "" }
-
-// testSeed returns the seed of a random test, and prints it; QCOW_CSI_SEED repeats one.
-func testSeed(t *testing.T) uint64 {
-	seed := uint64(time.Now().UnixNano())
-	if s := os.Getenv("QCOW_CSI_SEED"); s != "" {
-		if _, err := fmt.Sscan(s, &seed); err != nil {
-			t.Fatal(err)
-		}
-	}
-	t.Logf("QCOW_CSI_SEED=%d", seed)
-	return seed
-}
 
 // subject is a kind of image to repair.
 type subject struct {
@@ -176,6 +163,9 @@ func (w *workshop) fill(t testing.TB) {
 		at("write -P 1 %d %d", 3, 9), at("write -P 2 %d %d", 70, 4), at("write -z %d %d", 5, 2), at("write -z -u %d %d", 8, 2),
 		at("discard %d %d", 71, 1), at("write -z %d %d", 30, 3), at("write -P 3 %d %d", 40, 1), "write -P 7 512 512",
 	)
+	if w.has("data") { // an entry of zeroes with COPIED and, as far as it says, no host cluster
+		io(at("write -z 0 %d", 1))
+	}
 	if w.has("snapshot") {
 		snapshot("one")
 		io(at("write -P 4 %d %d", 4, 3))

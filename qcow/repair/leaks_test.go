@@ -11,11 +11,12 @@ import (
 	"github.com/qcow-csi/qcow-csi/qcow/check"
 	"github.com/qcow-csi/qcow-csi/qcow/format"
 	"github.com/qcow-csi/qcow-csi/qcow/repair"
+	"github.com/qcow-csi/qcow-csi/test/seed"
 )
 
 // TestLeaksOnly gives images refcounts for clusters that are not in use, and takes them away again.
 func TestLeaksOnly(t *testing.T) {
-	seed, rounds := testSeed(t), 30
+	seed, rounds := seed.Of(t), 30
 	if long() {
 		rounds = 1000
 	}
@@ -88,7 +89,7 @@ func TestSharedClustersBecomeOwn(t *testing.T) {
 // TestLeaksOfCorruptImages repairs the leaks of images that have more wrong with them. What mode All can save before it can
 // save after.
 func TestLeaksOfCorruptImages(t *testing.T) {
-	seed, rounds := testSeed(t), 60
+	seed, rounds := seed.Of(t), 60
 	if long() {
 		rounds = 4000
 	}

@@ -13,6 +13,7 @@ import (
 	"github.com/qcow-csi/qcow-csi/qcow/format"
 	"github.com/qcow-csi/qcow-csi/qcow/repair"
 	"github.com/qcow-csi/qcow-csi/qcow/storage"
+	"github.com/qcow-csi/qcow-csi/test/seed"
 )
 
 // repaired returns what Run makes of an image.
@@ -84,7 +85,7 @@ func TestCleanImagesStayAsTheyAre(t *testing.T) {
 
 // TestDamage damages images at random places, and repairs them.
 func TestDamage(t *testing.T) {
-	seed, rounds, everyQEMU := testSeed(t), 60, 12
+	seed, rounds, everyQEMU := seed.Of(t), 60, 12
 	if long() {
 		rounds, everyQEMU = 4000, 10
 	}

@@ -17,6 +17,7 @@ import (
 
 	"github.com/qcow-csi/qcow-csi/qcow"
 	"github.com/qcow-csi/qcow-csi/qcow/storage"
+	"github.com/qcow-csi/qcow-csi/test/seed"
 )
 
 // A bench is where the images of one direction are worked on: a folder with all of them, the inks and the backing files.
@@ -39,7 +40,7 @@ type bench struct {
 func newBench(t *testing.T, d direction) *bench {
 	t.Helper()
 	b := &bench{direction: d, matrix: d.matrix(), dir: scratch(t), bases: map[string]*base{}, sessions: make(chan *session, 64)}
-	b.seed = seed(t)
+	b.seed = seed.Of(t)
 	if err := spill(b.dir); err != nil {
 		t.Fatal(err)
 	}

@@ -11,11 +11,11 @@ import (
 	"path/filepath"
 	"strings"
 	"testing"
-	"time"
 
 	"github.com/qcow-csi/qcow-csi/qcow"
 	"github.com/qcow-csi/qcow-csi/qcow/check"
 	"github.com/qcow-csi/qcow-csi/qcow/storage"
+	"github.com/qcow-csi/qcow-csi/test/seed"
 )
 
 // shape is a point of the matrix.
@@ -54,20 +54,7 @@ func shapes() []shape {
 // random returns the source of randomness of a test.
 func random(t *testing.T) *rand.Rand {
 	t.Helper()
-	return rand.New(rand.NewPCG(seed(t), 0))
-}
-
-// seed returns what all randomness of a test comes from.
-func seed(t *testing.T) uint64 {
-	t.Helper()
-	seed := uint64(time.Now().UnixNano())
-	if s := os.Getenv("QCOW_CSI_SEED"); s != "" {
-		if _, err := fmt.Sscan(s, &seed); err != nil {
-			t.Fatalf("QCOW_CSI_SEED: %v", err)
-		}
-	}
-	t.Logf("QCOW_CSI_SEED=%d", seed)
-	return seed
+	return rand.New(rand.NewPCG(seed.Of(t), 0))
 }
 
 // try runs a program and returns what it writes to both outputs, and whether it succeeded.
