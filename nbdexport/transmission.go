@@ -12,6 +12,7 @@ import (
 
 const (
 	receiveBuffer = 128 << 10 // bytes that are received ahead, and bytes of replies that are sent together
+	fewRequests   = 8         // received together are answered together
 	inlineLimit   = 64 << 10  // bytes of the largest payload that the receiver handles in these buffers
 )
 
@@ -78,6 +79,7 @@ type transmission struct {
 	requestSize int     // bytes of a request's header
 	magic       uint32  // that it begins with
 	batch       []byte  // replies of the receiver's own that are not sent yet
+	half        int     // when no more than so many received bytes are left, the batch is sent; 0: not before they are used up
 	pace        pace
 	crew        *crew
 }
@@ -127,10 +129,17 @@ func (t *transmission) next() (request, error) {
 
 // peek returns the next n bytes, at most inlineLimit. They are good until the next call that receives.
 func (t *transmission) peek(n int) ([]byte, error) {
-	if t.in.Buffered() < n {
+	here := t.in.Buffered() >= n
+	if !here {
 		t.flush()
 	}
 	b, err := t.in.Peek(n)
+	if !here {
+		t.half = 0
+		if got := t.in.Buffered(); got >= fewRequests*t.requestSize {
+			t.half = got / 2
+		}
+	}
 	return b, dropped(err)
 }
 
@@ -249,7 +258,15 @@ func (t *transmission) reserve(n int) []byte {
 	return t.batch[len(t.batch):cap(t.batch)]
 }
 
-func (t *transmission) add(n int) { t.batch = t.batch[:len(t.batch)+n] }
+// add counts n bytes of reserved room as a reply. Replies are sent together, because each sending costs as much as a small read; but not all
+// that are due at once: with the first half the client can go on while the second is worked on, instead of the one always waiting for the other.
+func (t *transmission) add(n int) {
+	t.batch = t.batch[:len(t.batch)+n]
+	if t.in.Buffered() < t.half {
+		t.half = 0
+		t.flush()
+	}
+}
 
 // flush sends the batch. The receiver does so before it waits for anything.
 func (t *transmission) flush() {

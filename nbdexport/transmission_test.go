@@ -261,3 +261,35 @@ func (s slowReads) ReadAt(p []byte, off int64) (int, error) {
 	time.Sleep(time.Millisecond)
 	return s.Backend.ReadAt(p, off)
 }
+
+// TestFirstRepliesDoNotWaitForTheLast has a client that sends many requests at once, and a backend that is not done with the last one before the
+// client has the first replies.
+func TestFirstRepliesDoNotWaitForTheLast(t *testing.T) {
+	const requests = 16
+	arrived := make(chan struct{})
+	b := newMemory(mib)
+	b.Before = func(op nbdtest.Operation) error {
+		if op.Offset == (requests-1)*512 {
+			<-arrived
+		}
+		return nil
+	}
+	forEachStyle(t, func(t *testing.T, style nbdtest.Style) {
+		arrived = make(chan struct{})
+		client := connectIn(t, style, b)
+		var all []nbdtest.Request
+		for i := range uint64(requests) {
+			all = append(all, nbdtest.Request{Command: nbdtest.CmdRead, Cookie: i, Offset: i * 512, Length: 512})
+		}
+		client.Post(all...)
+		for i := range requests {
+			if i == requests/2 {
+				close(arrived)
+			}
+			if reply := client.Await(); reply.Err != nil {
+				t.Fatal(reply.Err)
+			}
+		}
+		client.Disconnect()
+	})
+}
