@@ -14,6 +14,8 @@ import (
 type ImageOptions struct {
 	// IgnoreDiscard makes Discard do nothing, and WriteZeroes keep the space of what it zeroes.
 	IgnoreDiscard bool
+	// Direct says that the image's file was opened to pass the page cache by, which takes buffers that are aligned to pages.
+	Direct bool
 	// AllocationDepth offers the metadata context qemu:allocation-depth.
 	AllocationDepth bool
 	// Bitmaps are the names of dirty bitmaps of the image that metadata contexts are offered for.
@@ -56,6 +58,7 @@ func (b *imageBackend) Info() Info {
 		PreferredBlock: max(4096, uint32(b.cluster)),
 		MultiConn:      true,
 		FastZero:       true,
+		Direct:         b.options.Direct,
 		Contexts:       b.contexts,
 	}
 }

@@ -11,6 +11,7 @@ type Info struct {
 	MultiConn      bool     // Flush on one connection covers writes acknowledged on all
 	Rotational     bool     // seeking takes time
 	FastZero       bool     // WriteZeroes understands Zeroing.Fast
+	Direct         bool     // reads and writes want buffers that are aligned to pages, as O_DIRECT does
 	Contexts       []string // the metadata contexts that Extents knows; names as the specification wants them
 }
 

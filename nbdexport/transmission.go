@@ -162,8 +162,8 @@ func (t *transmission) refuse(r *request, fault errno) error {
 // to give them away, or when nothing is behind them.
 func (t *transmission) quick(r *request) bool {
 	switch {
-	case r.command != cmdRead && r.command != cmdWrite, r.fua(), r.length > inlineLimit:
-		return false
+	case r.command != cmdRead && r.command != cmdWrite, r.fua(), r.length > inlineLimit, t.info.Direct:
+		return false // the buffers of the connection are aligned to nothing
 	case t.pace.fast():
 		return true
 	default:

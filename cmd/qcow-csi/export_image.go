@@ -132,6 +132,7 @@ func (i *exportedImage) open(ctx context.Context) (*openedImage, error) {
 	}
 	o.backend = nbdexport.NewImageBackend(img, nbdexport.ImageOptions{
 		IgnoreDiscard:   i.discard.value == "ignore",
+		Direct:          i.cache.direct(),
 		AllocationDepth: i.allocationDepth,
 		Bitmaps:         i.bitmaps,
 		Failed:          o.failures.report,
