@@ -147,7 +147,7 @@ func TestBlockStatus(t *testing.T) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			forEachChunkedStyle(t, func(t *testing.T, style nbdtest.Style) {
-				client := nbdtest.Dial(t, serve(t, "unix", offer(&described{newMemory(size), test.block, test.says, test.failAt})))
+				client := nbdtest.Dial(t, nbdtest.Serve(t, "unix", offer(&described{newMemory(size), test.block, test.says, test.failAt})))
 				client.Greet(3)
 				client.Agree(style)
 				ids, _ := client.SetContexts("", test.contexts...)
@@ -213,7 +213,7 @@ func TestBlockStatusLimit(t *testing.T) {
 func TestBlockStatusPayload(t *testing.T) {
 	const size = 64 << 10
 	says := map[string][]nbdexport.Extent{alloc: {{size, 0}}, depth: {{size, 1}}, dirty: {{512, 1}, {size - 512, 0}}}
-	client := nbdtest.Dial(t, serve(t, "unix", offer(&described{newMemory(size), 512, says, nil})))
+	client := nbdtest.Dial(t, nbdtest.Serve(t, "unix", offer(&described{newMemory(size), 512, says, nil})))
 	client.Greet(3)
 	client.Agree(nbdtest.Extended)
 	if e, _ := client.Info(nbdtest.OptInfo, ""); e.Flags&nbdexport.FlagBlockStatusPayload != 0 {

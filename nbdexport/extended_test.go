@@ -112,7 +112,7 @@ func TestFastZero(t *testing.T) {
 			}
 			return nil
 		}
-		client := nbdtest.Dial(t, serve(t, "unix", offer(b)))
+		client := nbdtest.Dial(t, nbdtest.Serve(t, "unix", offer(b)))
 		if e := client.GoIn(style, ""); e.Flags&nbdexport.FlagSendFastZero == 0 {
 			t.Errorf("flags %#x", e.Flags)
 		}

@@ -21,7 +21,7 @@ func twoExports() nbdexport.Config {
 
 func greeted(t *testing.T) *nbdtest.Client {
 	t.Helper()
-	client := nbdtest.Dial(t, serve(t, "unix", twoExports()))
+	client := nbdtest.Dial(t, nbdtest.Serve(t, "unix", twoExports()))
 	if flags := client.Greet(3); flags != 3 {
 		t.Fatalf("handshake flags %#x, want fixed newstyle and no zeroes", flags)
 	}
@@ -150,7 +150,7 @@ func TestExportName(t *testing.T) {
 		"name of nothing known": {1, "\xff\x00", 0, 0},
 	} {
 		t.Run(name, func(t *testing.T) {
-			client := nbdtest.Dial(t, serve(t, "unix", twoExports()))
+			client := nbdtest.Dial(t, nbdtest.Serve(t, "unix", twoExports()))
 			client.Greet(test.clientFlags)
 			client.SendOption(nbdtest.OptExportName, test.export)
 			if test.size == 0 {
@@ -200,7 +200,7 @@ func TestHandshakeViolations(t *testing.T) {
 		"requests, not options": {3, nbdtest.Request{Command: nbdtest.CmdRead, Length: 512}.Encode()},
 	} {
 		t.Run(name, func(t *testing.T) {
-			client := nbdtest.Dial(t, serve(t, "unix", twoExports()))
+			client := nbdtest.Dial(t, nbdtest.Serve(t, "unix", twoExports()))
 			client.Greet(test.clientFlags)
 			if _, err := client.Write(test.send); err != nil {
 				return // gone already
@@ -280,7 +280,7 @@ func TestTransmissionFlags(t *testing.T) {
 			t.Errorf("TransmissionFlags(%+v) = %#x, want %#x", info, got, test.want)
 		}
 		config := nbdexport.Config{Exports: []nbdexport.Export{{Backend: nbdtest.NewMemory(info)}}}
-		if e := nbdtest.Dial(t, serve(t, "unix", config)).Go(""); e.Flags != test.want {
+		if e := nbdtest.Dial(t, nbdtest.Serve(t, "unix", config)).Go(""); e.Flags != test.want {
 			t.Errorf("negotiated flags of %+v: %#x, want %#x", info, e.Flags, test.want)
 		}
 	}

@@ -52,7 +52,7 @@ func TestSlowLoris(t *testing.T) {
 					ended.Add(1)
 				}
 			}
-			addr := serve(t, "unix", config)
+			addr := nbdtest.Serve(t, "unix", config)
 			flood := nbdtest.Message(uint32(3), bytes.Repeat(nbdtest.Message(uint64(nbdtest.OptionMagic), uint32(99), uint32(0)), 4))
 			for i := range slow {
 				conn, err := net.Dial(addr.Network(), addr.String())
@@ -116,7 +116,7 @@ func TestClientsNeverRead(t *testing.T) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			forEachStyle(t, func(t *testing.T, style nbdtest.Style) {
-				addr := serve(t, "unix", offer(b))
+				addr := nbdtest.Serve(t, "unix", offer(b))
 				var contexts []string
 				if style != nbdtest.Simple {
 					contexts = []string{alloc}
@@ -155,7 +155,7 @@ func TestClientsNeverRead(t *testing.T) {
 
 // TestGarbage has clients that send noise, or what somebody else's protocol begins with.
 func TestGarbage(t *testing.T) {
-	addr := serve(t, "unix", contextual())
+	addr := nbdtest.Serve(t, "unix", contextual())
 	seed := rand.Uint64()
 	t.Logf("seed %d", seed)
 	noise := rand.NewChaCha8([32]byte{byte(seed), byte(seed >> 8), byte(seed >> 16)})
@@ -187,7 +187,7 @@ func TestGarbage(t *testing.T) {
 func TestLongNames(t *testing.T) {
 	const long = 64 << 10
 	name := string(bytes.Repeat([]byte("x"), long))
-	addr := serve(t, "unix", contextual())
+	addr := nbdtest.Serve(t, "unix", contextual())
 	for what, test := range map[string]struct {
 		option uint32
 		data   []byte
@@ -223,7 +223,7 @@ func TestLongNames(t *testing.T) {
 func TestHalfClosed(t *testing.T) {
 	for _, network := range []string{"unix", "tcp"} {
 		forEachStyle(t, func(t *testing.T, style nbdtest.Style) {
-			client := nbdtest.Dial(t, serve(t, network, offer(newMemory(2*mib))))
+			client := nbdtest.Dial(t, nbdtest.Serve(t, network, offer(newMemory(2*mib))))
 			client.GoIn(style, "")
 			for i := range uint64(100) {
 				client.Post(nbdtest.Request{Command: nbdtest.CmdRead, Cookie: i, Length: 4096 << (i % 8)})
@@ -244,7 +244,7 @@ func TestHalfClosed(t *testing.T) {
 // TestPayloadNeverComes has writes whose payload does not follow. They hold up their own connection only, and change nothing.
 func TestPayloadNeverComes(t *testing.T) {
 	b := newMemory(nbdexport.MaxPayload)
-	addr := serve(t, "unix", offer(b))
+	addr := nbdtest.Serve(t, "unix", offer(b))
 	before := b.Bytes()
 	before[4096], before[4097], before[4098], before[4099], before[4100] = 'w', 'o', 'r', 'k', 's'
 	for _, style := range nbdtest.Styles {
@@ -263,7 +263,7 @@ func TestPayloadNeverComes(t *testing.T) {
 
 // TestDescriptorsExhausted takes all file descriptors from the server, and gives them back.
 func TestDescriptorsExhausted(t *testing.T) {
-	addr := serve(t, "unix", offer(newMemory(mib)))
+	addr := nbdtest.Serve(t, "unix", offer(newMemory(mib)))
 	old := nbdtest.Dial(t, addr)
 	old.GoIn(nbdtest.Structured, "")
 
@@ -344,7 +344,7 @@ func TestHandshakeRepliesAreNotRead(t *testing.T) {
 	config.Exports[0].Backend = newMemory(mib)
 	ended := make(chan error, clients+1)
 	config.Disconnected = func(d nbdexport.Disconnect) { ended <- d.Err }
-	addr := serve(t, "unix", config)
+	addr := nbdtest.Serve(t, "unix", config)
 	before := heap()
 	for range clients {
 		client := nbdtest.Dial(t, addr)

@@ -30,7 +30,7 @@ func TestNothingLeaks(t *testing.T) {
 		t.Run(network, func(t *testing.T) {
 			ctx, cancel := context.WithCancel(context.Background())
 			defer cancel()
-			listener, served := listen(t, network), make(chan error, 1)
+			listener, served := nbdtest.Listen(t, network), make(chan error, 1)
 			server := newServer(t, config)
 			go func() { served <- server.Serve(ctx, listener) }()
 			time.Sleep(10 * time.Millisecond) // until it accepts

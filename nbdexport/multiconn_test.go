@@ -36,7 +36,7 @@ func (o *ordered) Flush() error {
 func TestFlushCoversAllConnections(t *testing.T) {
 	const clients, rounds = 4, 50
 	b := &ordered{Memory: nbdtest.NewMemory(nbdexport.Info{Size: mib, MultiConn: true})}
-	addr := serve(t, "unix", offer(b))
+	addr := nbdtest.Serve(t, "unix", offer(b))
 	var conns []*nbdtest.Client
 	for i := range clients {
 		conns = append(conns, nbdtest.Dial(t, addr))
@@ -81,7 +81,7 @@ func TestSeveralExports(t *testing.T) {
 	for _, name := range names {
 		config.Exports = append(config.Exports, nbdexport.Export{Name: name, Backend: newMemory(mib)})
 	}
-	addr := serve(t, "unix", config)
+	addr := nbdtest.Serve(t, "unix", config)
 	var all sync.WaitGroup
 	for i, name := range names {
 		client := nbdtest.Dial(t, addr)

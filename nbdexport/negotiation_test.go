@@ -22,7 +22,7 @@ func contextual() nbdexport.Config {
 
 func TestMetadataContexts(t *testing.T) {
 	const ack, bad, unknown = nbdtest.RepAck, nbdtest.RepErrInvalid, nbdtest.RepErrUnknown
-	client := nbdtest.Dial(t, serve(t, "unix", contextual()))
+	client := nbdtest.Dial(t, nbdtest.Serve(t, "unix", contextual()))
 	client.Greet(3)
 	client.Agree(nbdtest.Structured)
 	for name, test := range map[string]struct {
@@ -116,7 +116,7 @@ func TestContextsAreDropped(t *testing.T) {
 		}, none},
 	} {
 		t.Run(name, func(t *testing.T) {
-			client := nbdtest.Dial(t, serve(t, "unix", contextual()))
+			client := nbdtest.Dial(t, nbdtest.Serve(t, "unix", contextual()))
 			client.Greet(3)
 			client.Agree(nbdtest.Structured)
 			client.SetContexts("disk", alloc, depth)
@@ -133,7 +133,7 @@ func TestContextsAreDropped(t *testing.T) {
 // TestNegotiationOrder has the rules about what may come after what.
 func TestNegotiationOrder(t *testing.T) {
 	start := func(t *testing.T) *nbdtest.Client {
-		client := nbdtest.Dial(t, serve(t, "unix", contextual()))
+		client := nbdtest.Dial(t, nbdtest.Serve(t, "unix", contextual()))
 		client.Greet(3)
 		return client
 	}
@@ -211,7 +211,7 @@ func TestHandshakeLeavesBackendAlone(t *testing.T) {
 		client.Ask(nbdtest.OptSetMetaContext, nbdtest.ContextQuery("", alloc))
 		client.Ask(nbdtest.OptInfo, nbdtest.InfoRequest("", nbdtest.InfoBlockSize))
 	}
-	client := nbdtest.Dial(t, serve(t, "unix", offer(b)))
+	client := nbdtest.Dial(t, nbdtest.Serve(t, "unix", offer(b)))
 	client.Greet(3)
 	everything(client)
 	client.Style = nbdtest.Extended
@@ -222,7 +222,7 @@ func TestHandshakeLeavesBackendAlone(t *testing.T) {
 	}
 	config := secured(nbdtest.NewAuthority(t), false)
 	config.Exports = offer(b).Exports
-	secret := nbdtest.Dial(t, serve(t, "unix", config))
+	secret := nbdtest.Dial(t, nbdtest.Serve(t, "unix", config))
 	b.asked.Store(0)
 	secret.Greet(3)
 	everything(secret)

@@ -35,7 +35,7 @@ func forEachServer(t *testing.T, test func(t *testing.T, uri string)) {
 	} {
 		for _, network := range []string{"unix", "tcp"} {
 			t.Run(name+"/"+network, func(t *testing.T) {
-				test(t, uri(serve(t, network, nbdexport.Config{
+				test(t, uri(nbdtest.Serve(t, network, nbdexport.Config{
 					Exports: []nbdexport.Export{{Name: "disk", Description: "a disk", Backend: open(t)}},
 				}), "disk"))
 			})
@@ -200,7 +200,7 @@ func TestOutsideFio(t *testing.T) {
 func TestOutsideReadOnly(t *testing.T) {
 	require.Tool(t, "nbdinfo", "qemu-io")
 	img := openImage(t, createImage(t, mib), true)
-	addr := serve(t, "unix", offer(nbdexport.NewImageBackend(img, nbdexport.ImageOptions{})))
+	addr := nbdtest.Serve(t, "unix", offer(nbdexport.NewImageBackend(img, nbdexport.ImageOptions{})))
 	if out := command(t, "nbdinfo", uri(addr, "")); !strings.Contains(out, "is_read_only: true") {
 		t.Errorf("nbdinfo says %s", out)
 	}

@@ -81,7 +81,7 @@ func TestShutdownInEveryPhase(t *testing.T) {
 // TestSizeChanges has an export that grows while clients of all styles use it, and one that is asked about again.
 func TestSizeChanges(t *testing.T) {
 	b := nbdtest.NewMemory(nbdexport.Info{Size: mib, Contexts: []string{alloc}})
-	addr := serve(t, "unix", offer(b))
+	addr := nbdtest.Serve(t, "unix", offer(b))
 	conns := make(map[nbdtest.Style]*nbdtest.Client)
 	for _, style := range nbdtest.Styles {
 		conns[style] = nbdtest.Dial(t, addr)

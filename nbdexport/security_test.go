@@ -24,7 +24,7 @@ func secured(a *nbdtest.Authority, optional bool) nbdexport.Config {
 // serveSecured serves what config says and returns a client that has been greeted.
 func serveSecured(t *testing.T, network string, config nbdexport.Config) *nbdtest.Client {
 	t.Helper()
-	client := nbdtest.Dial(t, serve(t, network, config))
+	client := nbdtest.Dial(t, nbdtest.Serve(t, network, config))
 	client.Greet(3)
 	return client
 }
@@ -113,7 +113,7 @@ func TestTLSMandatory(t *testing.T) {
 		client.ReceiveEnd()
 	})
 	t.Run("not fixed newstyle", func(t *testing.T) {
-		client := nbdtest.Dial(t, serve(t, "unix", config))
+		client := nbdtest.Dial(t, nbdtest.Serve(t, "unix", config))
 		client.Greet(0)
 		client.ReceiveEnd()
 	})
@@ -146,7 +146,7 @@ func TestTLSOptional(t *testing.T) {
 	}
 	// Without fixed newstyle negotiation a server must behave as if it knew nothing of TLS.
 	t.Run("not fixed newstyle", func(t *testing.T) {
-		client := nbdtest.Dial(t, serve(t, "unix", secured(authority, true)))
+		client := nbdtest.Dial(t, nbdtest.Serve(t, "unix", secured(authority, true)))
 		client.Greet(2)
 		if replies := client.Ask(nbdtest.OptStartTLS); replies[0].Type != nbdtest.RepErrUnsup {
 			t.Errorf("%+v", replies)
@@ -230,7 +230,7 @@ func TestTLSFails(t *testing.T) {
 	authority, other := nbdtest.NewAuthority(t), nbdtest.NewAuthority(t)
 	config := secured(authority, false)
 	config.TLS.ClientAuth, config.TLS.ClientCAs = tls.RequireAndVerifyClientCert, authority.Pool
-	addr := serve(t, "tcp", config)
+	addr := nbdtest.Serve(t, "tcp", config)
 	with := func(certificates ...tls.Certificate) *tls.Config {
 		c := authority.Client(0)
 		c.Certificates = certificates
@@ -292,7 +292,7 @@ func TestSlowTLSEnds(t *testing.T) {
 	config.HandshakeTimeout = 200 * time.Millisecond
 	ended := make(chan nbdexport.Disconnect, 2)
 	config.Disconnected = func(d nbdexport.Disconnect) { ended <- d }
-	addr := serve(t, "tcp", config)
+	addr := nbdtest.Serve(t, "tcp", config)
 	for name, sent := range map[string][]byte{"silent": nil, "part of a hello": {22, 3, 1, 2, 0, 1}} {
 		client := nbdtest.Dial(t, addr)
 		client.Greet(3)

@@ -1,12 +1,8 @@
 package nbdexport_test
 
 import (
-	"context"
 	"errors"
-	"net"
-	"path/filepath"
 	"testing"
-	"time"
 
 	"github.com/qcow-csi/qcow-csi/nbdexport"
 	"github.com/qcow-csi/qcow-csi/nbdexport/nbdtest"
@@ -24,40 +20,6 @@ func newServer(t testing.TB, config nbdexport.Config) *nbdexport.Server {
 	return server
 }
 
-// listen returns a listener of the network, "unix" or "tcp".
-func listen(t testing.TB, network string) net.Listener {
-	t.Helper()
-	address := "127.0.0.1:0"
-	if network == "unix" {
-		address = filepath.Join(t.TempDir(), "nbd.sock")
-	}
-	listener, err := net.Listen(network, address)
-	if err != nil {
-		t.Fatal(err)
-	}
-	return listener
-}
-
-// serve serves what config says at a socket of the network until the end of the test, which then makes sure that the
-// server ends in order.
-func serve(t testing.TB, network string, config nbdexport.Config) net.Addr {
-	t.Helper()
-	server, listener := newServer(t, config), listen(t, network)
-	served := make(chan error, 1)
-	go func() { served <- server.Serve(context.Background(), listener) }()
-	t.Cleanup(func() {
-		ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
-		defer cancel()
-		if err := server.Shutdown(ctx); err != nil {
-			t.Errorf("Shutdown: %v", err)
-		}
-		if err := <-served; err != nil {
-			t.Errorf("Serve: %v", err)
-		}
-	})
-	return listener.Addr()
-}
-
 // connect returns a client in the transmission phase with a backend.
 func connect(t testing.TB, b nbdexport.Backend) *nbdtest.Client {
 	t.Helper()
@@ -67,7 +29,7 @@ func connect(t testing.TB, b nbdexport.Backend) *nbdtest.Client {
 // connectIn is connect with a style, and with metadata contexts.
 func connectIn(t testing.TB, s nbdtest.Style, b nbdexport.Backend, contexts ...string) *nbdtest.Client {
 	t.Helper()
-	client := nbdtest.Dial(t, serve(t, "unix", offer(b)))
+	client := nbdtest.Dial(t, nbdtest.Serve(t, "unix", offer(b)))
 	client.GoIn(s, "", contexts...)
 	return client
 }

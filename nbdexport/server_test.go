@@ -29,7 +29,7 @@ func run(t *testing.T, network string, config nbdexport.Config) *running {
 	t.Helper()
 	ctx, cancel := context.WithCancel(context.Background())
 	t.Cleanup(cancel)
-	listener := listen(t, network)
+	listener := nbdtest.Listen(t, network)
 	r := &running{newServer(t, config), listener.Addr(), cancel, make(chan error, 1)}
 	go func() { r.served <- r.Serve(ctx, listener) }()
 	return r
@@ -166,7 +166,7 @@ func TestClose(t *testing.T) {
 		t.Errorf("ServeConn: %v", err)
 	}
 	nbdtest.NewClient(t, near).ReceiveEnd()
-	listener := listen(t, "unix")
+	listener := nbdtest.Listen(t, "unix")
 	if err := r.Serve(t.Context(), listener); err != nil {
 		t.Errorf("Serve: %v", err)
 	}
@@ -199,7 +199,7 @@ func TestContextEndsServe(t *testing.T) {
 }
 
 func TestServeReportsAccept(t *testing.T) {
-	listener := listen(t, "unix")
+	listener := nbdtest.Listen(t, "unix")
 	listener.Close()
 	if err := newServer(t, offer(newMemory(mib))).Serve(t.Context(), listener); !errors.Is(err, net.ErrClosed) {
 		t.Errorf("Serve: %v", err)
@@ -208,7 +208,7 @@ func TestServeReportsAccept(t *testing.T) {
 
 // TestAcceptTriesAgain has a machine that has no file descriptors left for a moment.
 func TestAcceptTriesAgain(t *testing.T) {
-	listener := &shortOfFiles{Listener: listen(t, "unix")}
+	listener := &shortOfFiles{Listener: nbdtest.Listen(t, "unix")}
 	server := newServer(t, offer(newMemory(mib)))
 	served := make(chan error, 1)
 	go func() { served <- server.Serve(t.Context(), listener) }()
@@ -238,7 +238,7 @@ func (l *shortOfFiles) Accept() (net.Conn, error) {
 func TestMaxConnections(t *testing.T) {
 	config := offer(newMemory(mib))
 	config.MaxConnections = 2
-	addr := serve(t, "unix", config)
+	addr := nbdtest.Serve(t, "unix", config)
 	first, second := nbdtest.Dial(t, addr), nbdtest.Dial(t, addr)
 	first.Go("")
 	second.Go("")
@@ -262,7 +262,7 @@ func TestDisconnected(t *testing.T) {
 	events := make(chan nbdexport.Disconnect)
 	config := twoExports()
 	config.Disconnected = func(d nbdexport.Disconnect) { events <- d }
-	addr := serve(t, "tcp", config)
+	addr := nbdtest.Serve(t, "tcp", config)
 	polite, rude, curious := nbdtest.Dial(t, addr), nbdtest.Dial(t, addr), nbdtest.Dial(t, addr)
 	polite.Go("größer")
 	rude.Go("")
@@ -294,7 +294,7 @@ func TestManyConnections(t *testing.T) {
 	seed := rand.Uint64()
 	t.Logf("seed %d", seed)
 	b := nbdtest.NewMemory(nbdexport.Info{Size: clients * part, MultiConn: true})
-	addr := serve(t, "unix", offer(b))
+	addr := nbdtest.Serve(t, "unix", offer(b))
 	var all sync.WaitGroup
 	for i := range clients {
 		client := nbdtest.Dial(t, addr)

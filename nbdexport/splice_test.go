@@ -76,7 +76,7 @@ func TestSplicedReplyIsCut(t *testing.T) {
 	if _, err := b.WriteAt(public, 0); err != nil {
 		t.Fatal(err)
 	}
-	addr := serve(t, "unix", offer(&splicing{b, 64 << 10, mib, nil}))
+	addr := nbdtest.Serve(t, "unix", offer(&splicing{b, 64 << 10, mib, nil}))
 	for i := range 60 {
 		rude := nbdtest.Dial(t, addr)
 		rude.GoIn(nbdtest.Styles[i%3], "")

@@ -1,18 +1,17 @@
 package interop_test
 
 import (
-	"context"
 	"errors"
 	"net"
 	"net/url"
 	"os"
 	"os/exec"
-	"path/filepath"
 	"strings"
 	"testing"
 	"time"
 
 	"github.com/qcow-csi/qcow-csi/nbdexport"
+	"github.com/qcow-csi/qcow-csi/nbdexport/nbdtest"
 	"github.com/qcow-csi/qcow-csi/qcow"
 	"github.com/qcow-csi/qcow-csi/qcow/storage"
 )
@@ -44,24 +43,8 @@ func export(t *testing.T, network, path string, o nbdexport.ImageOptions, config
 	for _, c := range configure {
 		c(&config)
 	}
-	server, err := nbdexport.NewServer(config)
-	if err != nil {
-		t.Fatal(err)
-	}
-	address := "127.0.0.1:0"
-	if network == "unix" {
-		address = filepath.Join(t.TempDir(), "nbd.sock")
-	}
-	listener, err := net.Listen(network, address)
-	if err != nil {
-		t.Fatal(err)
-	}
-	ended := make(chan error, 1)
-	go func() { ended <- server.Serve(context.Background(), listener) }()
 	t.Cleanup(func() {
-		ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
-		defer cancel()
-		if err := errors.Join(server.Shutdown(ctx), <-ended, img.Close()); err != nil {
+		if err := img.Close(); err != nil {
 			t.Error(err)
 		}
 		out, err := exec.Command("qemu-img", "check", "-f", "qcow2", path).CombinedOutput()
@@ -69,7 +52,7 @@ func export(t *testing.T, network, path string, o nbdexport.ImageOptions, config
 			t.Errorf("qemu-img check: %v\n%s", err, out)
 		}
 	})
-	s := &served{addr: listener.Addr(), image: img, scheme: "nbd"}
+	s := &served{addr: nbdtest.Serve(t, network, config), image: img, scheme: "nbd"}
 	if config.TLS != nil {
 		s.scheme = "nbds"
 	}

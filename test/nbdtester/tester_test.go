@@ -3,7 +3,6 @@ package nbdtester_test
 import (
 	"context"
 	"crypto/tls"
-	"errors"
 	"net"
 	"os"
 	"os/exec"
@@ -32,31 +31,15 @@ func serve(t *testing.T, network string, size int64, readOnly bool, secure *tls.
 	if err != nil {
 		t.Fatal(err)
 	}
-	server, err := nbdexport.NewServer(nbdexport.Config{
-		Exports: []nbdexport.Export{{Name: "export", Backend: nbdexport.NewImageBackend(img, nbdexport.ImageOptions{})}},
-		TLS:     secure,
-	})
-	if err != nil {
-		t.Fatal(err)
-	}
-	address := "127.0.0.1:0"
-	if network == "unix" {
-		address = filepath.Join(t.TempDir(), "nbd.sock")
-	}
-	listener, err := net.Listen(network, address)
-	if err != nil {
-		t.Fatal(err)
-	}
-	ended := make(chan error, 1)
-	go func() { ended <- server.Serve(context.Background(), listener) }()
 	t.Cleanup(func() {
-		ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
-		defer cancel()
-		if err := errors.Join(server.Shutdown(ctx), <-ended, img.Close()); err != nil {
+		if err := img.Close(); err != nil {
 			t.Error(err)
 		}
 	})
-	return listener.Addr()
+	return nbdtest.Serve(t, network, nbdexport.Config{
+		Exports: []nbdexport.Export{{Name: "export", Backend: nbdexport.NewImageBackend(img, nbdexport.ImageOptions{})}},
+		TLS:     secure,
+	})
 }
 
 func TestNBDTesterClient(t *testing.T) {
