@@ -348,7 +348,8 @@ func FuzzOpen(f *testing.F) {
 			t.Fatalf("opening %d bytes allocated %d", len(content), took)
 		}
 		if err != nil {
-			if !errors.Is(err, qcow.ErrCorrupt) && !errors.Is(err, qcow.ErrUnsupported) {
+			// No space: it is marked dirty, and the repair wants more of the file than there may be.
+			if !errors.Is(err, qcow.ErrCorrupt) && !errors.Is(err, qcow.ErrUnsupported) && !errors.Is(err, qcow.ErrNoSpace) {
 				t.Fatalf("an error without a class: %v", err)
 			}
 			return
