@@ -263,14 +263,22 @@ func TestJournalAndQEMU(t *testing.T) {
 			if !x.voids {
 				expectAt(t, again, want, 0)
 			}
-			if err := errors.Join(again.Close(), img.Close()); err != nil {
-				t.Fatal(err)
-			}
-			report, err := check.Check(t.Context(), left, check.Options{})
-			if err != nil || report.Corruptions > 0 {
-				t.Errorf("%v, %v", report, err)
-			}
+			endSound(t, left, again, img)
 		})
+	}
+}
+
+// endSound closes the images, after which the file must have no corruptions.
+func endSound(t *testing.T, left *storage.Memory, images ...*qcow.Image) {
+	t.Helper()
+	for _, img := range images {
+		if err := img.Close(); err != nil {
+			t.Fatal(err)
+		}
+	}
+	report, err := check.Check(t.Context(), left, check.Options{})
+	if err != nil || report.Corruptions > 0 {
+		t.Errorf("%v, %v", report, err)
 	}
 }
 
@@ -304,13 +312,7 @@ func TestJournalOfAnotherWriter(t *testing.T) {
 				t.Errorf("%+v", r)
 			}
 			expectAt(t, again, repeated(0x55, 256<<10), 0)
-			if err := errors.Join(again.Close(), img.Close()); err != nil {
-				t.Fatal(err)
-			}
-			report, err := check.Check(t.Context(), left, check.Options{})
-			if err != nil || report.Corruptions > 0 {
-				t.Errorf("%v, %v", report, err)
-			}
+			endSound(t, left, again, img)
 		})
 	}
 }
@@ -352,13 +354,7 @@ func TestJournalThatDoesNotFit(t *testing.T) {
 				copy(want, make([]byte, heldCluster))
 			}
 			expectAt(t, again, want, 0)
-			if err := errors.Join(again.Close(), img.Close()); err != nil {
-				t.Fatal(err)
-			}
-			report, err := check.Check(t.Context(), left, check.Options{})
-			if err != nil || report.Corruptions > 0 {
-				t.Errorf("%v, %v", report, err)
-			}
+			endSound(t, left, again, img)
 		})
 	}
 }

@@ -40,12 +40,17 @@ func (q *quarantine) length() uint64 {
 }
 
 // takeAll empties the quarantine of what needs a sync.
-func (q *quarantine) takeAll() []run {
+func (q *quarantine) takeAll() []run { return q.empty(&q.runs) }
+
+// takeDurable empties the quarantine of what needs no sync.
+func (q *quarantine) takeDurable() []run { return q.empty(&q.durable) }
+
+func (q *quarantine) empty(list *[]run) []run {
 	q.mu.Lock()
 	defer q.mu.Unlock()
-	runs := q.runs
+	runs := *list
 	q.n -= countRuns(runs)
-	q.runs = nil
+	*list = nil
 	return runs
 }
 
@@ -61,16 +66,6 @@ func (q *quarantine) addDurable(runs []run) {
 	defer q.mu.Unlock()
 	q.durable = append(q.durable, runs...)
 	q.n += countRuns(runs)
-}
-
-// takeDurable empties the quarantine of what needs no sync.
-func (q *quarantine) takeDurable() []run {
-	q.mu.Lock()
-	defer q.mu.Unlock()
-	runs := q.durable
-	q.n -= countRuns(runs)
-	q.durable = nil
-	return runs
 }
 
 // Flush makes every write, discard and resize that returned before it was called durable, and then gives the space of
